@@ -1,0 +1,84 @@
+# Every target does its own set-up, in a virtual environment of the project (.venv).
+#
+#   make demo       teach SmolLM2-135M three tasks in a row, one after another (COMPARE=1: all rows)
+#   make test       the test suite           make bench     time everything beside its peers
+#   make lint       format and type checks   make sanitize  ASan + UBSan on native and op tests
+#   make format     apply the formatters     make build     compile and install in place again
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := $(CPP_FILES) CMakeLists.txt setup.py
+SANITIZED := .san
+LIBASAN = $(shell $(CXX) -print-file-name=libasan.so)
+CXX ?= g++
+
+.PHONY: build demo test slow bench lint format sanitize clean
+.DEFAULT_GOAL := test
+
+# torch first and by itself: its exact version, so that no newer build is fetched in its place.
+$(VENV)/.base: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) setuptools wheel pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.base $(SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.extra-%: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+build: $(VENV)/.built
+
+demo: $(VENV)/.extra-demo
+	$(BIN)/python -m demo $(if $(COMPARE),--compare)
+
+test: $(VENV)/.extra-test
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.extra-test
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.extra-bench
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.extra-test $(VENV)/.extra-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(VENV)/.extra-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+# A second build of everything under $(SANITIZED), with its own copy of the Python package.
+# detect_leaks=0: the interpreter and torch never free what they hold at exit.
+sanitize: $(VENV)/.extra-test
+	cmake -S . -B $(SANITIZED)/build -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DPIECE_OPS_TESTS=ON -DPIECE_OPS_SANITIZE=address,undefined -DPIECE_OPS_CUDA=OFF \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build $(SANITIZED)/build
+	for isa in portable avx2 avx512; do \
+	  PIECE_OPS_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1 \
+	  $(SANITIZED)/build/piece_ops_native_tests || exit 1; done
+	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
+	cp -r piece_ops $(SANITIZED)/site/ && rm -f $(SANITIZED)/site/piece_ops/_C.*
+	cmake --install $(SANITIZED)/build --component module --prefix $(SANITIZED)/site/piece_ops
+	LD_PRELOAD=$(LIBASAN) PYTHONPATH=$(SANITIZED)/site \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/pytest -p no:cacheprovider -m "not slow" \
+	  $(wildcard python_tests/test_accumulate_squares.py python_tests/test_select_topk*.py \
+	    python_tests/test_sparse_adamw.py python_tests/test_gather.py \
+	    python_tests/test_scatter.py python_tests/test_total.py)
+
+clean:
+	rm -rf build dist $(SANITIZED) *.egg-info piece_ops/_C.*
