@@ -1,0 +1,34 @@
+// portable.cpp - the inner loops in plain C++: what every CPU of the platform can run.
+#include "bodies.h"
+
+namespace piece_ops::cpu::portable {
+namespace {
+
+// Bit j: x[j] is not less than bound (greater, equal or NaN), j < 64. Nearly always none is, and
+// that question vectorises; the mask itself is built only when the answer is yes.
+template <class T>
+inline uint64_t not_less_mask(const T* x, T bound) {
+  unsigned any = 0;
+  for (int j = 0; j < 64; ++j) any |= static_cast<unsigned>(!(x[j] < bound));
+  if (!any) return 0;
+  uint64_t mask = 0;
+  for (int j = 0; j < 64; ++j) mask |= static_cast<uint64_t>(!(x[j] < bound)) << j;
+  return mask;
+}
+
+template <class T>
+inline uint64_t equal_mask(const T* x, T bound) {
+  uint64_t mask = 0;
+  for (int j = 0; j < 64; ++j) mask |= static_cast<uint64_t>(x[j] == bound) << j;
+  return mask;
+}
+
+inline void widen_fp16(const uint16_t* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = fp16_to_float(x[i]);
+}
+
+}  // namespace
+}  // namespace piece_ops::cpu::portable
+
+#define PIECE_OPS_ISA_NAMESPACE portable
+#include "bodies.inl"

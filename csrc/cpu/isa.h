@@ -1,0 +1,59 @@
+// isa.h - which instruction set the CPU kernels use, and the table of inner loops built for it.
+//
+// The inner loops are one text (bodies/bodies.inl), compiled once per instruction set; the choice
+// is made once per process: the best the CPU has, or what PIECE_OPS_ISA names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "piece_ops/core/dtype.h"
+#include "piece_ops/math/adamw.h"
+#include "piece_ops/math/score.h"
+
+namespace piece_ops::cpu {
+
+// Elements that scan() may be given at once: its output of 4-byte positions stays in L1.
+constexpr int64_t kBlock = 1024;
+
+struct Bodies {
+  // NaN and infinities among n numbers.
+  int64_t (*count_nonfinite)(DType dtype, const void* x, int64_t n);
+  // square_sums[i] += weight * (g[i] * g[i]); sums[i] += weight * g[i]; either may be null.
+  void (*accumulate_squares)(DType dtype, const void* g, float* square_sums, float* sums,
+                             float weight, int64_t n);
+  // Widen bfloat16 or float16 to float32, exactly.
+  void (*to_float)(DType dtype, const void* x, float* out, int64_t n);
+  // out[i] = the score formula; kPlain and kRandom are not evaluated here. out may be first.
+  void (*evaluate)(Score score, const float* first, const float* second, float constant, float* out,
+                   int64_t n);
+  // Positions i, ascending, with x[i] > bound or NaN, and with keep_ties x[i] == bound too;
+  // otherwise those are added to *ties. A NaN bound keeps every position. n <= kBlock.
+  int64_t (*scan_float)(const float* x, int64_t n, float bound, bool keep_ties, uint32_t* positions,
+                        int64_t* ties);
+  int64_t (*scan_double)(const double* x, int64_t n, double bound, bool keep_ties,
+                         uint32_t* positions, int64_t* ties);
+  // keys[i] = to_key(x[i])
+  void (*keys_float)(const float* x, int64_t n, uint32_t* keys);
+  void (*keys_double)(const double* x, int64_t n, uint64_t* keys);
+  // One AdamW step on n consecutive masters.
+  void (*adamw)(float* values, float* exp_avgs, float* exp_avg_sqs, const float* grads, int64_t n,
+                const AdamwFactors& factors);
+  // Reads n_bytes and returns their xor in 8-byte words: the fastest plain read loop there is,
+  // the denominator of the benchmarks.
+  uint64_t (*read)(const void* data, int64_t n_bytes);
+};
+
+struct Isa {
+  const char* name;
+  const Bodies* bodies;
+};
+
+// Those this build holds and this CPU can run, weakest first.
+std::vector<Isa> supported_isas();
+
+// The live one. Throws Error if PIECE_OPS_ISA names one that is unknown or not supported.
+const Isa& active_isa();
+
+}  // namespace piece_ops::cpu

@@ -1,0 +1,20 @@
+// total.h - the sum of all elements of many tensors, in float64 and in one fixed order.
+#pragma once
+
+#include <cstdint>
+
+#include "piece_ops/core/context.h"
+#include "piece_ops/core/view.h"
+
+namespace piece_ops {
+
+struct TotalArgs {
+  int64_t count;             // tensors
+  const ConstView* tensors;  // [count] any dtype
+};
+
+namespace cpu {
+double total(const Context& context, const TotalArgs& args);
+}  // namespace cpu
+
+}  // namespace piece_ops
