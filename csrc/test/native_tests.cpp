@@ -1,0 +1,216 @@
+// native_tests.cpp - the ops without Python, against the plainest C++: what the sanitizers run.
+//
+// Cases are generated from fixed seeds; the first failure is printed and ends the program with 1.
+// (The Python tests hold the contracts; this one is small and walks every code path.)
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "piece_ops/core/check.h"
+#include "piece_ops/math/rounding.h"
+#include "piece_ops/ops/accumulate_squares.h"
+#include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/scatter.h"
+#include "piece_ops/ops/select_topk.h"
+#include "piece_ops/ops/sparse_adamw.h"
+#include "piece_ops/ops/total.h"
+
+namespace {
+
+using namespace piece_ops;
+
+int failures = 0;
+int checks = 0;
+
+void expect(bool holds, const char* what, int64_t a = 0, int64_t b = 0) {
+  ++checks;
+  if (holds) return;
+  if (failures++ == 0) {
+    std::printf("failed: %s (%lld, %lld)\n", what, static_cast<long long>(a),
+                static_cast<long long>(b));
+  }
+}
+
+std::vector<float> make_scores(int kind, int64_t n, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> scores(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = normal(random);
+    switch (kind) {
+      case 0:
+        scores[i] = x * x;
+        break;
+      case 1:
+        scores[i] = std::floor(x * 3.0f);
+        break;
+      case 2:
+        scores[i] = 1.0f;
+        break;
+      case 3:
+        scores[i] = i % 100 ? 0.0f : x;
+        break;
+      case 4:
+        scores[i] = static_cast<float>(i);
+        break;
+      case 5:
+        scores[i] = i > n - 50 ? 100.0f + x : x * 1e-40f;
+        break;
+      default:
+        scores[i] = i % 7 == 0 ? std::numeric_limits<float>::infinity() : -x;
+        break;
+    }
+  }
+  return scores;
+}
+
+// All candidates in the selection's order, by a stable sort.
+std::vector<int64_t> ranked(const std::vector<float>& scores,
+                            const std::vector<int64_t>& excluded) {
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < static_cast<int64_t>(scores.size()); ++i) {
+    if (!std::binary_search(excluded.begin(), excluded.end(), i)) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+  return order;
+}
+
+void test_select_topk_on(const std::vector<float>& scores) {
+  const int64_t n = static_cast<int64_t>(scores.size());
+  // Three tensors, the middle one empty.
+  const int64_t cut = n / 3;
+  const ConstView views[3] = {{scores.data(), cut, DType::kFloat32},
+                              {nullptr, 0, DType::kFloat32},
+                              {scores.data() + cut, n - cut, DType::kFloat32}};
+  std::vector<int64_t> excluded;
+  for (int64_t i = 5; i < cut; i += 97) excluded.push_back(i);
+  const IndexView exclude[3] = {
+      {excluded.data(), static_cast<int64_t>(excluded.size())}, {nullptr, 0}, {nullptr, 0}};
+  const std::vector<int64_t> order = ranked(scores, excluded);
+  const int64_t candidates = static_cast<int64_t>(order.size());
+  for (const int64_t k : {int64_t{0}, int64_t{1}, n / 1000, n / 10, n / 2, candidates}) {
+    if (k > candidates) continue;
+    std::vector<int64_t> wanted(order.begin(), order.begin() + k);
+    std::sort(wanted.begin(), wanted.end());
+    for (int algorithm = 0; algorithm < kTopkAlgorithmCount; ++algorithm) {
+      std::vector<int64_t> indices(static_cast<size_t>(k));
+      int64_t counts[3];
+      SelectTopkArgs args{};
+      args.count = 3;
+      args.first = views;
+      args.exclude = exclude;
+      args.k = k;
+      args.algorithm = static_cast<TopkAlgorithm>(algorithm);
+      args.indices = indices.data();
+      args.counts = counts;
+      Context context;
+      context.threads = 1 + algorithm % 2;
+      cpu::select_topk(context, args);
+      for (int64_t s = counts[0]; s < k; ++s) indices[s] += cut;
+      expect(indices == wanted, "select_topk", n, k);
+    }
+  }
+}
+
+void test_select_topk() {
+  std::mt19937 random(1);
+  for (const int64_t n : {1, 63, 64, 65, 1000, 1025, 40000, 70001}) {
+    for (int kind = 0; kind < 7; ++kind) test_select_topk_on(make_scores(kind, n, random));
+  }
+}
+
+void test_narrow_types() {
+  for (uint32_t h = 0; h < 65536; ++h) {
+    const uint16_t half = static_cast<uint16_t>(h);
+    const float from_bf16 = bf16_to_float(half);
+    const float from_fp16 = fp16_to_float(half);
+    if (!std::isnan(from_bf16)) expect(float_to_bf16(from_bf16) == half, "bf16 round trip", h);
+    if (!std::isnan(from_fp16)) expect(float_to_fp16(from_fp16) == half, "fp16 round trip", h);
+  }
+}
+
+void test_updates() {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  const int64_t n = 100003;
+  std::vector<float> weight(n), grad(n), square_sums(n), sums(n);
+  for (int64_t i = 0; i < n; ++i) weight[i] = grad[i] = normal(random);
+  std::vector<int64_t> index;
+  for (int64_t i = 3; i < n; i += 7) index.push_back(i);
+  const int64_t k = static_cast<int64_t>(index.size());
+  const IndexView indices{index.data(), k};
+  Context context;
+  context.threads = 2;
+
+  const ConstView grads{grad.data(), n, DType::kFloat32};
+  float* square_pointer = square_sums.data();
+  float* sum_pointer = sums.data();
+  cpu::accumulate_squares(context, {1, &grads, &square_pointer, &sum_pointer, 0.5f});
+  for (int64_t i = 0; i < n; ++i) {
+    expect(square_sums[i] == 0.5f * (grad[i] * grad[i]) && sums[i] == 0.5f * grad[i],
+           "accumulate_squares", i);
+  }
+
+  std::vector<float> values(k), m(k), v(k);
+  const ConstView source{weight.data(), n, DType::kFloat32};
+  const View gathered{values.data(), k, DType::kFloat32};
+  cpu::gather(context, {1, &source, &indices, &gathered});
+  for (int64_t s = 0; s < k; ++s) expect(values[s] == weight[index[s]], "gather", s);
+
+  const std::vector<float> before = weight;
+  float *value_pointer = values.data(), *m_pointer = m.data(), *v_pointer = v.data();
+  const View target{weight.data(), n, DType::kFloat32};
+  SparseAdamwArgs step{
+      1,      &target,    &indices,   &value_pointer,
+      &grads, &m_pointer, &v_pointer, make_adamw_factors(1, 0.1, 0.9, 0.999, 1e-8, 0)};
+  cpu::sparse_adamw(context, step);
+  for (int64_t i = 0, s = 0; i < n; ++i) {
+    if (s < k && index[s] == i) {
+      expect(weight[i] == values[s++], "sparse_adamw writes the master", i);
+    } else {
+      expect(weight[i] == before[i], "sparse_adamw leaves the rest", i);
+    }
+  }
+
+  std::vector<uint16_t> half(n, 0x1234);
+  const View half_target{half.data(), n, DType::kBFloat16};
+  const ConstView masters{values.data(), k, DType::kFloat32};
+  cpu::scatter(context, {1, &half_target, &indices, &masters});
+  for (int64_t s = 0; s < k; ++s) {
+    expect(half[index[s]] == float_to_bf16(values[s]), "scatter", s);
+  }
+
+  const double one = cpu::total(context, {1, &grads});
+  context.threads = 1;
+  expect(cpu::total(context, {1, &grads}) == one, "total does not depend on threads");
+
+  index.back() = n;
+  bool thrown = false;
+  try {
+    cpu::scatter(context, {1, &half_target, &indices, &masters});
+  } catch (const Error&) {
+    thrown = true;
+  }
+  expect(thrown, "a position out of range is refused");
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("piece_ops native tests, %s\n", cpu::active_isa().name);
+  } catch (const Error& error) {
+    std::printf("skipped: %s\n", error.what());
+    return 0;
+  }
+  test_select_topk();
+  test_narrow_types();
+  test_updates();
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures ? 1 : 0;
+}
