@@ -1,0 +1,33 @@
+"""piece_ops: kernels for sparse in-place fine-tuning.
+
+Choose the k parameters that matter most for a task, train only these, in place, and leave every
+other weight bit for bit as it was. The ops work on plain tensors; `Importance`, `PieceModel` and
+`SparseAdamW` wrap them for whole models.
+"""
+
+from __future__ import annotations
+
+from piece_ops.functional import (
+    Score,
+    TopK,
+    accumulate_squares_,
+    gather,
+    scatter_,
+    select_topk,
+    sparse_adamw_,
+    total,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Score",
+    "TopK",
+    "__version__",
+    "accumulate_squares_",
+    "gather",
+    "scatter_",
+    "select_topk",
+    "sparse_adamw_",
+    "total",
+]

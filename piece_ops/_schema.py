@@ -1,0 +1,405 @@
+"""torch.library: the schema, the argument checker and the fake kernel of every op.
+
+``torch.ops.piece_ops.*`` work under ``torch.compile(fullgraph=True)``. A checker is written once
+and used by the fake kernel and by every backend. Mutated arguments are declared in the schema;
+the version counters are bumped by the backends (nobody else does it for ops defined like this).
+No gradient flows through any op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("piece_ops", "DEF")
+
+HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*HALVES_AND_FLOAT, torch.float64)
+# The numbers of csrc/include/piece_ops: core/dtype.h, math/score.h, ops/select_topk.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+SCORE_CODES = {
+    "plain": 0,
+    "piece-s": 1,
+    "piece-g": 2,
+    "magnitude": 3,
+    "snip": 4,
+    "taylor": 5,
+    "random": 6,
+}
+SCORES_WITH_SECOND = ("piece-s", "piece-g", "snip", "taylor")
+ALGORITHM_CODES = {"auto": 0, "filter": 1, "radix": 2}
+NAN_RULES = ("raise", "lowest")
+
+_dtype = attrgetter("dtype")
+_device = attrgetter("device")
+
+
+class TensorValueError(ValueError):
+    """A value found in one tensor of a list; ``functional`` puts the caller's name in.
+
+    ``text`` contains ``{name}`` where the tensor is named.
+    """
+
+    def __init__(self, text: str, argument: str, tensor: int) -> None:
+        super().__init__(text.format(name=f"{argument}[{tensor}]"))
+        self.text = text
+        self.argument = argument
+        self.tensor = tensor
+
+
+def _name_dtypes(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensors(
+    op: str, argument: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Check dtype and contiguity of one list; the usual, right case costs 0.1 us a tensor."""
+    if not set(map(_dtype, tensors)) <= set(dtypes):
+        for t, tensor in enumerate(tensors):
+            if tensor.dtype not in dtypes:
+                raise TypeError(
+                    f"piece_ops.{op}: {argument}[{t}] must be {_name_dtypes(dtypes)}, "
+                    f"got {_name_dtypes([tensor.dtype])}"
+                )
+    if not all(map(Tensor.is_contiguous, tensors)):
+        t = next(t for t, tensor in enumerate(tensors) if not tensor.is_contiguous())
+        raise ValueError(
+            f"piece_ops.{op}: {argument}[{t}] must be contiguous, got shape "
+            f"{tuple(tensors[t].shape)} with strides {tensors[t].stride()}; "
+            "call .contiguous() first if a copy is meant"
+        )
+
+
+def check_same_count(op: str, count: int, **lists: Sequence[Any]) -> None:
+    """Check that every list has ``count`` entries."""
+    for argument, tensors in lists.items():
+        if len(tensors) != count:
+            raise ValueError(
+                f"piece_ops.{op}: {argument} must have {count} tensors, got {len(tensors)}"
+            )
+
+
+def check_same_numel(
+    op: str, argument: str, tensors: Sequence[Tensor], like: str, others: Sequence[Tensor]
+) -> None:
+    """Check that tensors have pairwise as many elements as others."""
+    for t, (tensor, other) in enumerate(zip(tensors, others, strict=True)):
+        if tensor.numel() != other.numel():
+            raise ValueError(
+                f"piece_ops.{op}: {argument}[{t}] must have {other.numel()} elements like "
+                f"{like}[{t}], got {tensor.numel()} (shape {tuple(tensor.shape)})"
+            )
+
+
+def check_same_device(op: str, *lists: Sequence[Tensor]) -> None:
+    """Check that all tensors of all lists are on one device."""
+    devices = {device for tensors in lists for device in set(map(_device, tensors))}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"piece_ops.{op}: all tensors must be on one device, got {names}")
+
+
+def _check_indices(op: str, indices: Sequence[Tensor], argument: str = "indices") -> None:
+    check_tensors(op, argument, indices, (torch.int64,))
+    for t, index in enumerate(indices):
+        if index.dim() != 1:
+            raise ValueError(
+                f"piece_ops.{op}: {argument}[{t}] must be flat (1-D), got shape "
+                f"{tuple(index.shape)}"
+            )
+
+
+# ---- accumulate_squares_ -------------------------------------------------------------------------
+
+LIBRARY.define(
+    "accumulate_squares_(Tensor(a!)[] square_sums, Tensor[] grads, Tensor(b!)[] sums, "
+    "float weight) -> ()"
+)
+
+
+def check_accumulate_squares_(
+    square_sums: Sequence[Tensor], grads: Sequence[Tensor], sums: Sequence[Tensor], weight: float
+) -> None:
+    """square_sums or sums may be empty lists: left out."""
+    op = "accumulate_squares_"
+    if not square_sums and not sums and grads:
+        raise ValueError(f"piece_ops.{op}: square_sums or sums must be given, got neither")
+    check_tensors(op, "grads", grads, HALVES_AND_FLOAT)
+    for argument, accumulators in (("square_sums", square_sums), ("sums", sums)):
+        if accumulators:
+            check_same_count(op, len(grads), **{argument: accumulators})
+            check_tensors(op, argument, accumulators, (torch.float32,))
+            check_same_numel(op, argument, accumulators, "grads", grads)
+    check_same_device(op, square_sums, grads, sums)
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"piece_ops.{op}: weight must be positive and finite, got {weight}")
+
+
+@torch.library.register_fake("piece_ops::accumulate_squares_", lib=LIBRARY)
+def _fake_accumulate_squares_(
+    square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
+) -> None:
+    check_accumulate_squares_(square_sums, grads, sums, weight)
+
+
+# ---- select_topk ---------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "select_topk(Tensor[] first, Tensor[] second, SymInt[] k, Tensor[] exclude, str score, "
+    "float constant, int seed, str nan, str algorithm) "
+    "-> (Tensor indices, Tensor counts, Tensor thresholds, Tensor ties_kept)"
+)
+
+
+def check_select_topk(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    k: Sequence[int],
+    exclude: Sequence[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+) -> None:
+    """One k: over all tensors together; else one k for each tensor. exclude may be empty."""
+    op = "select_topk"
+    for argument, value, known in (
+        ("score", score, tuple(SCORE_CODES)),
+        ("nan", nan, NAN_RULES),
+        ("algorithm", algorithm, tuple(ALGORITHM_CODES)),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"piece_ops.{op}: {argument} must be one of {', '.join(known)}, got {value!r}"
+            )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"piece_ops.{op}: seed must be in 0..2^63-1, got {seed}")
+    check_tensors(op, "scores", first, FLOATS if score == "plain" else HALVES_AND_FLOAT)
+    dtypes = set(map(_dtype, first))
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        raise TypeError(
+            f"piece_ops.{op}: scores must be all float64 or none, got {_name_dtypes(dtypes)}"
+        )
+    if score in SCORES_WITH_SECOND:
+        check_same_count(op, len(first), second=second)
+        check_tensors(op, "second", second, HALVES_AND_FLOAT)
+        check_same_numel(op, "second", second, "first", first)
+    elif second:
+        raise ValueError(f"piece_ops.{op}: score {score!r} takes no second statistic, got one")
+    if len(k) not in (1, len(first)):
+        raise ValueError(
+            f"piece_ops.{op}: k must be one number, or one for each of the {len(first)} tensors, "
+            f"got {len(k)}"
+        )
+    if exclude:
+        check_same_count(op, len(first), exclude=exclude)
+        _check_indices(op, exclude, "exclude")
+    check_same_device(op, first, second, exclude)
+
+
+@torch.library.register_fake("piece_ops::select_topk", lib=LIBRARY)
+def _fake_select_topk(
+    first: list[Tensor],
+    second: list[Tensor],
+    k: list[int],
+    exclude: list[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_select_topk(first, second, k, exclude, score, constant, seed, nan, algorithm)
+    like = first[0]
+    return (
+        like.new_empty([sum(k)], dtype=torch.int64),
+        like.new_empty([len(first)], dtype=torch.int64),
+        like.new_empty([len(k)], dtype=torch.float64),
+        like.new_empty([len(k)], dtype=torch.int64),
+    )
+
+
+# ---- sparse_adamw_ -------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "sparse_adamw_(Tensor(a!)[] weights, Tensor[] indices, Tensor(b!)[] values, Tensor[] grads, "
+    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, int step, float lr, float beta1, "
+    "float beta2, float eps, float weight_decay) -> ()"
+)
+
+
+def check_sparse_adamw_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """grads[t] has as many elements as indices[t] (compact) or as weights[t] (dense)."""
+    op = "sparse_adamw_"
+    count = len(weights)
+    check_same_count(op, count, indices=indices, values=values, grads=grads)
+    check_same_count(op, count, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    check_tensors(op, "weights", weights, HALVES_AND_FLOAT)
+    _check_indices(op, indices)
+    check_tensors(op, "grads", grads, HALVES_AND_FLOAT)
+    for argument, tensors in (
+        ("values", values),
+        ("exp_avgs", exp_avgs),
+        ("exp_avg_sqs", exp_avg_sqs),
+    ):
+        check_tensors(op, argument, tensors, (torch.float32,))
+        check_same_numel(op, argument, tensors, "indices", indices)
+    for t, grad in enumerate(grads):
+        if grad.numel() not in (indices[t].numel(), weights[t].numel()):
+            raise ValueError(
+                f"piece_ops.{op}: grads[{t}] must have {indices[t].numel()} elements (one a "
+                f"selected weight) or {weights[t].numel()} (dense), got {grad.numel()}"
+            )
+    check_same_device(op, weights, indices, values, grads, exp_avgs, exp_avg_sqs)
+    for argument, number, fits, wanted in (
+        ("step", step, step >= 1, "at least 1"),
+        ("lr", lr, 0 <= lr < float("inf"), "finite and not negative"),
+        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
+        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
+        ("eps", eps, 0 <= eps < float("inf"), "finite and not negative"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < float("inf"), "not negative"),
+    ):
+        if not fits:
+            raise ValueError(f"piece_ops.{op}: {argument} must be {wanted}, got {number}")
+
+
+@torch.library.register_fake("piece_ops::sparse_adamw_", lib=LIBRARY)
+def _fake_sparse_adamw_(*args: Any) -> None:
+    check_sparse_adamw_(*args)
+
+
+# ---- gather --------------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "gather(Tensor[] sources, Tensor[] indices, ScalarType? dtype=None) -> Tensor[]"
+)
+
+
+def check_gather(
+    sources: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """dtype: None (the source's own) or float32."""
+    op = "gather"
+    check_same_count(op, len(sources), indices=indices)
+    check_tensors(op, "sources", sources, FLOATS)
+    _check_indices(op, indices)
+    check_same_device(op, sources, indices)
+    if dtype is None:
+        return
+    if dtype != torch.float32:
+        raise TypeError(
+            f"piece_ops.{op}: dtype must be None (the source's own) or float32, got "
+            f"{_name_dtypes([dtype])}"
+        )
+    if torch.float64 in set(map(_dtype, sources)):
+        raise TypeError(f"piece_ops.{op}: float64 sources cannot be gathered into float32")
+
+
+@torch.library.register_fake("piece_ops::gather", lib=LIBRARY)
+def _fake_gather(
+    sources: list[Tensor], indices: list[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    check_gather(sources, indices, dtype)
+    return new_values(sources, indices, dtype)
+
+
+def new_values(
+    sources: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Allocate what gather returns."""
+    return [
+        source.new_empty([index.numel()], dtype=dtype or source.dtype)
+        for source, index in zip(sources, indices, strict=True)
+    ]
+
+
+# ---- scatter_ ------------------------------------------------------------------------------------
+
+LIBRARY.define("scatter_(Tensor(a!)[] targets, Tensor[] indices, Tensor[] values) -> ()")
+
+
+def check_scatter_(
+    targets: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """values[t] is float32, or of targets[t]'s dtype."""
+    op = "scatter_"
+    check_same_count(op, len(targets), indices=indices, values=values)
+    check_tensors(op, "targets", targets, FLOATS)
+    _check_indices(op, indices)
+    check_tensors(op, "values", values, FLOATS)
+    check_same_numel(op, "values", values, "indices", indices)
+    for t, (target, value) in enumerate(zip(targets, values, strict=True)):
+        if value.dtype not in (target.dtype, torch.float32):
+            raise TypeError(
+                f"piece_ops.{op}: values[{t}] must be {_name_dtypes([target.dtype])} like its "
+                f"target, or float32, got {_name_dtypes([value.dtype])}"
+            )
+    check_same_device(op, targets, indices, values)
+
+
+@torch.library.register_fake("piece_ops::scatter_", lib=LIBRARY)
+def _fake_scatter_(targets: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
+    check_scatter_(targets, indices, values)
+
+
+# ---- total ---------------------------------------------------------------------------------------
+
+LIBRARY.define("total(Tensor[] tensors) -> Tensor")
+
+
+def check_total(tensors: Sequence[Tensor]) -> None:
+    """Any of the four float types."""
+    check_tensors("total", "tensors", tensors, FLOATS)
+    check_same_device("total", tensors)
+
+
+@torch.library.register_fake("piece_ops::total", lib=LIBRARY)
+def _fake_total(tensors: list[Tensor]) -> Tensor:
+    check_total(tensors)
+    return tensors[0].new_empty([], dtype=torch.float64)
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+OPS = ("accumulate_squares_", "select_topk", "sparse_adamw_", "gather", "scatter_", "total")
+
+for _op in OPS:
+    # No gradient flows: results never require grad, whatever the inputs do.
+    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
+
+def register(op: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the implementation of an op on a device ("CPU", "CUDA")."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.impl(op, function, device)
+        return function
+
+    return decorate
+
+
+def bump_versions(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd that these tensors were written."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(
+            [tensor for tensor in tensors if not tensor.is_inference()]
+        )

@@ -1,0 +1,7 @@
+"""Implementations of the ops, one module per device; importing this registers them."""
+
+from __future__ import annotations
+
+from piece_ops.backends import cpu, cuda
+
+__all__ = ["cpu", "cuda"]

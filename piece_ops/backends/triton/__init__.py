@@ -1,0 +1,1 @@
+"""Home of the Triton kernels (tensor-core work); none in this version."""

@@ -1,0 +1,442 @@
+"""The ops as documented functions.
+
+Every function takes one array, a list, a tuple or a dict of arrays (PyTorch tensors on the CPU,
+or NumPy arrays, used in place) and returns results arranged like its input. Errors are
+``ValueError`` or ``TypeError`` that say where, wanted, got. No function copies an input, changes
+one that it does not name with a trailing underscore, or keeps any state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from piece_ops import backends as backends  # registers the implementations
+from piece_ops._arrays import Arrangement
+from piece_ops._schema import SCORE_CODES, SCORES_WITH_SECOND, TensorValueError
+
+Tensors = Any  # Tensor | ndarray | list | tuple | dict of them; mirrored in the result
+_ops = torch.ops.piece_ops
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score computed on the fly from accumulated statistics, never written to memory.
+
+    All arithmetic is float32, exactly as written:
+
+    ============= ==================================== ==================================
+    kind          score                                first, second
+    ============= ==================================== ==================================
+    ``piece-s``   |first| / sqrt(second + constant)    sums, square sums
+    ``piece-g``   |first| / (second + constant)        sums, square sums of what is kept
+    ``magnitude`` |first|                              sums or weights, none
+    ``snip``      |first * second|                     sums, weights
+    ``taylor``    first * (second * second)            square sums, weights
+    ``random``    uniform in [0, 1)                    anything of the sizes wanted (unread)
+    ============= ==================================== ==================================
+
+    Parameters
+    ----------
+    kind : str
+        One of the above.
+    first, second : array, or list, tuple or dict of arrays
+        float32, bfloat16 or float16, contiguous, pairwise of equal size.
+    constant : float
+        Added as above; on the scale of ``second``.
+    seed : int
+        Of ``random``, whose score depends on the seed and on the position in the caller's order.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> sums, square_sums = torch.tensor([3.0, -4.0, 0.0]), torch.tensor([9.0, 1.0, 1.0])
+    >>> score = piece_ops.Score("piece-s", sums, square_sums, constant=0.0)
+    >>> piece_ops.select_topk(score, 1).indices
+    tensor([1])
+    """
+
+    kind: str
+    first: Tensors
+    second: Tensors = None
+    constant: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = tuple(kind for kind in SCORE_CODES if kind != "plain")
+        if self.kind not in known:
+            raise ValueError(
+                f"piece_ops.Score: kind must be one of {', '.join(known)}, got {self.kind!r}"
+            )
+        if (self.second is not None) != (self.kind in SCORES_WITH_SECOND):
+            wanted = "needs" if self.kind in SCORES_WITH_SECOND else "takes no"
+            raise ValueError(f"piece_ops.Score: {self.kind!r} {wanted} second statistic")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What select_topk found.
+
+    Attributes
+    ----------
+    indices : array, or list, tuple or dict of arrays
+        int64 flat positions inside each tensor, strictly increasing; arranged, and of the array
+        type and device, like the scores.
+    threshold : float
+        The k-th largest score (inf when k is 0). With scope "tensor": one each, arranged.
+    ties_kept : int
+        How many selected elements equal the threshold. With scope "tensor": one each, arranged.
+    """
+
+    indices: Any
+    threshold: Any
+    ties_kept: Any
+
+
+def select_topk(
+    scores: Tensors | Score,
+    k: int | Sequence[int],
+    scope: Literal["global", "tensor"] = "global",
+    exclude: Tensors = None,
+    nan: Literal["raise", "lowest"] = "raise",
+    *,
+    algorithm: Literal["auto", "filter", "radix"] = "auto",
+) -> TopK:
+    """Select the k largest scores of many tensors together, exactly, without concatenating them.
+
+    The order is total, so the result is unique: larger score first, equal scores by smaller
+    position in the caller's order (tensors in order, row-major inside). It is the same for every
+    thread count and instruction set, bit for bit.
+
+    Parameters
+    ----------
+    scores : array, list, tuple or dict of arrays, or Score
+        float32, bfloat16 and float16 (also mixed), or all float64; any shapes, contiguous, on one
+        device. Not changed. A `Score` is computed on the fly.
+    k : int, or sequence of int
+        How many, 0 <= k <= number of candidates. With scope "tensor": from each tensor, the same
+        number or one number each.
+    scope : {"global", "tensor"}
+        Rank all tensors together, or each by itself.
+    exclude : arranged like scores, optional
+        int64 positions that must not be selected, strictly increasing in each tensor. None, and a
+        missing key of a dict, exclude nothing.
+    nan : {"raise", "lowest"}
+        NaN is an error that names the tensor and the count, or ranks below -inf. +inf is the
+        largest score; -0 equals 0.
+    algorithm : {"auto", "filter", "radix"}
+        "filter": a bound from a sample, one read, verified by count (then "radix" if it missed).
+        "radix": digit histograms, two to four reads, whatever the data. "auto": "filter", but for
+        k above a quarter of all.
+
+    Returns
+    -------
+    TopK
+
+    Raises
+    ------
+    ValueError
+        k out of range; NaN; a non-contiguous, badly arranged or foreign-device tensor.
+    TypeError
+        A dtype that is not listed (integers, for instance).
+
+    Notes
+    -----
+    Cost: about one read of the scores and 24 bytes a selected element; extra memory about 20 bytes
+    a selected element plus 0.5 % of the scores. Below some 10,000 elements the call itself
+    dominates. Algorithm and traffic: ``csrc/cpu/select_topk.cpp``; contract:
+    ``docs/contracts.md``.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> scores = {"a": torch.tensor([[1.0, 5.0], [5.0, 2.0]]), "b": torch.tensor([5.0, 7.0])}
+    >>> top = piece_ops.select_topk(scores, 3)
+    >>> top.indices
+    {'a': tensor([1, 2]), 'b': tensor([1])}
+    >>> top.threshold, top.ties_kept
+    (5.0, 2)
+    """
+    op = "select_topk"
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"piece_ops.{op}: scope must be 'global' or 'tensor', got {scope!r}")
+    if isinstance(scores, Score):
+        kind, constant, seed = scores.kind, scores.constant, scores.seed
+        given = Arrangement(op, "scores", scores.first)
+        second = given.match("second", scores.second) if scores.second is not None else []
+    else:
+        kind, constant, seed = "plain", 0.0, 0
+        given = Arrangement(op, "scores", scores)
+        second = []
+    ks = _counts(k, scope, len(given))
+    if not len(given):
+        if any(ks):
+            raise ValueError(f"piece_ops.{op}: k must be in 0..0 (there are no scores), got {k}")
+        empty = given.rebuild([])
+        is_global = scope == "global"
+        return TopK(empty, float("inf") if is_global else empty, 0 if is_global else empty)
+    excluded = [] if exclude is None else _excluded(given, exclude)
+    try:
+        indices, counts, thresholds, ties = _ops.select_topk(
+            given.tensors, second, ks, excluded, kind, constant, seed, nan, algorithm
+        )
+    except TensorValueError as error:
+        raise ValueError(error.text.format(name=given.name(error.tensor))) from None
+    parts = given.rebuild(indices.split(counts.tolist()) if len(given) > 1 else [indices])
+    if scope == "global":
+        return TopK(parts, thresholds.item(), int(ties.item()))
+    return TopK(parts, given.rebuild(thresholds.tolist()), given.rebuild(ties.tolist()))
+
+
+def _counts(k: int | Sequence[int], scope: str, count: int) -> list[int]:
+    """One k (global), or one for each tensor."""
+    op = "select_topk"
+    ks = [k] if not isinstance(k, Sequence) else list(k)
+    for number in ks:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(
+                f"piece_ops.{op}: k must be an int, got {type(number).__name__} {number!r}"
+            )
+    ks = [int(number) for number in ks]
+    if scope == "global":
+        if isinstance(k, Sequence):
+            raise TypeError(f"piece_ops.{op}: k must be one int for scope 'global', got {k!r}")
+        return ks
+    if not isinstance(k, Sequence):
+        return ks * count
+    if len(ks) != count:
+        raise ValueError(
+            f"piece_ops.{op}: k must be one int, or one for each of the {count} tensors, "
+            f"got {len(ks)}"
+        )
+    return ks
+
+
+def _excluded(given: Arrangement, exclude: Tensors) -> list[Tensor]:
+    entries = given.match_optional("exclude", exclude)
+    device = given.tensors[0].device
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return [none if entry is None else entry for entry in entries]
+
+
+def accumulate_squares_(
+    square_sums: Tensors | None, grads: Tensors, sums: Tensors | None = None, weight: float = 1.0
+) -> None:
+    """Add the squares of gradients, and if asked the gradients, to float32 accumulators in place.
+
+    ``square_sums += weight * (grads * grads)``; ``sums += weight * grads``; in float32 exactly as
+    written, whatever the gradients' dtype.
+
+    Parameters
+    ----------
+    square_sums : arranged like grads, or None
+        float32 accumulators, as many elements as their gradient, contiguous. Changed in place.
+        None leaves them out (then sums must be given).
+    grads : array, list, tuple or dict of arrays
+        float32, bfloat16 or float16, any shapes, contiguous. Not changed.
+    sums : arranged like grads, optional
+        float32 accumulators likewise.
+    weight : float
+        Positive; 1 adds plain sums.
+
+    Raises
+    ------
+    ValueError
+        A NaN or infinite gradient (names the tensor and the count), or arguments that do not fit.
+        Nothing of the call is added then.
+    TypeError
+        A dtype that is not listed.
+
+    Notes
+    -----
+    Cost: 12 bytes an element for bfloat16 gradients and square sums only (2 of them look for
+    non-finite values first); no scratch. Bitwise the same for any thread count.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> square_sums = torch.zeros(2)
+    >>> piece_ops.accumulate_squares_(square_sums, torch.tensor([1.0, -3.0]))
+    >>> square_sums
+    tensor([1., 9.])
+    """
+    op = "accumulate_squares_"
+    given = Arrangement(op, "grads", grads)
+    squares, totals = (
+        [] if value is None else given.match(argument, value, is_written=True)
+        for argument, value in (("square_sums", square_sums), ("sums", sums))
+    )
+    if not len(given):
+        return
+    try:
+        _ops.accumulate_squares_(squares, given.tensors, totals, float(weight))
+    except TensorValueError as error:
+        raise ValueError(error.text.format(name=given.name(error.tensor))) from None
+
+
+def sparse_adamw_(
+    weights: Tensors,
+    indices: Tensors,
+    values: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> None:
+    """One AdamW step on selected weights of many tensors: gather, update, scatter, in one call.
+
+    The float32 ``values`` are the master copies; after their update they are rounded to nearest
+    even into the weights. Equals ``torch.optim.AdamW`` on the values (decoupled decay, on the
+    selected weights only). Every other weight keeps its bits.
+
+    Parameters
+    ----------
+    weights : array, list, tuple or dict of arrays
+        float32, bfloat16 or float16, any shapes, contiguous. Changed at indices.
+    indices : arranged like weights
+        int64, flat, strictly increasing positions.
+    values, exp_avgs, exp_avg_sqs : arranged like weights
+        float32, one number for each index. Changed in place.
+    grads : arranged like weights
+        float32, bfloat16 or float16: one number for each index, or the dense gradient, from which
+        the entries at indices are taken.
+    step : int
+        Number of this step, from 1.
+    lr, betas, eps, weight_decay : float
+        As in ``torch.optim.AdamW``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit; positions out of range or not increasing. Nothing is changed.
+
+    Notes
+    -----
+    Cost: about 164 bytes a selected weight (most of it the cache line of the weight); no scratch.
+    State: 8 bytes of moments and 4 of master a selected weight.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> weight, index = torch.ones(4), torch.tensor([2])
+    >>> values, m, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
+    >>> piece_ops.sparse_adamw_(weight, index, values, torch.ones(1), m, v, step=1, lr=0.5,
+    ...                         weight_decay=0.0)
+    >>> weight
+    tensor([1.0000, 1.0000, 0.5000, 1.0000])
+    """
+    given = Arrangement("sparse_adamw_", "weights", weights, is_written=True)
+    if not len(given):
+        return
+    _ops.sparse_adamw_(
+        given.tensors,
+        given.match("indices", indices),
+        given.match("values", values, is_written=True),
+        given.match("grads", grads),
+        given.match("exp_avgs", exp_avgs, is_written=True),
+        given.match("exp_avg_sqs", exp_avg_sqs, is_written=True),
+        step,
+        lr,
+        betas[0],
+        betas[1],
+        eps,
+        weight_decay,
+    )
+
+
+def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+    """Read the elements of many tensors at flat positions.
+
+    Parameters
+    ----------
+    sources : array, list, tuple or dict of arrays
+        float32, bfloat16, float16 or float64, any shapes, contiguous. Not changed.
+    indices : arranged like sources
+        int64, flat, strictly increasing positions.
+    dtype : torch.float32, optional
+        Widen to it; None keeps each source's own dtype.
+
+    Returns
+    -------
+    arranged like sources
+        1-D, one element for each index.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit; positions out of range or not increasing.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> piece_ops.gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 3]))
+    tensor([1., 4.])
+    """
+    given = Arrangement("gather", "sources", sources)
+    if not len(given):
+        return given.rebuild([])
+    return given.rebuild(_ops.gather(given.tensors, given.match("indices", indices), dtype))
+
+
+def scatter_(targets: Tensors, indices: Tensors, values: Tensors) -> None:
+    """Write values into many tensors at flat positions; nothing else is written.
+
+    Parameters
+    ----------
+    targets : array, list, tuple or dict of arrays
+        float32, bfloat16, float16 or float64, any shapes, contiguous. Changed at indices.
+    indices : arranged like targets
+        int64, flat, strictly increasing positions.
+    values : arranged like targets
+        One for each index: of the target's dtype (copied bit for bit), or float32 (rounded to
+        nearest even).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit; positions out of range or not increasing. Nothing is changed.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> target = torch.zeros(3)
+    >>> piece_ops.scatter_(target, torch.tensor([1]), torch.tensor([7.0]))
+    >>> target
+    tensor([0., 7., 0.])
+    """
+    given = Arrangement("scatter_", "targets", targets, is_written=True)
+    if not len(given):
+        return
+    _ops.scatter_(given.tensors, given.match("indices", indices), given.match("values", values))
+
+
+def total(tensors: Tensors) -> float:
+    """Sum all elements of many tensors in float64, in an order that only their sizes decide.
+
+    Parameters
+    ----------
+    tensors : array, list, tuple or dict of arrays
+        float32, bfloat16, float16 or float64, any shapes, contiguous.
+
+    Returns
+    -------
+    float
+        The same bits for any thread count and instruction set; 0.0 for no elements.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> piece_ops.total([torch.ones(3), torch.ones(2)])
+    5.0
+    """
+    given = Arrangement("total", "tensors", tensors)
+    return float(_ops.total(given.tensors)) if len(given) else 0.0
