@@ -104,6 +104,54 @@ struct Digits<double> {
   static constexpr int kBits[kCount] = {12, 13, 13, 13, 13};
 };
 
+// Counts of one digit: four interleaved histograms (a run of one value would wait each time for the
+// store before), 32 bits each (64 KiB for 12 bits), widened before they can overflow.
+class Histogram {
+ public:
+  static constexpr int64_t kWays = 4;
+
+  void reset(int64_t bins) {
+    pending_ = 0;
+    narrow_.assign(static_cast<size_t>(kWays * bins), 0);
+    wide_.assign(static_cast<size_t>(bins), 0);
+  }
+  // Where to count: bin b of way w is [kWays * b + w]. For at most n more counts.
+  uint32_t* narrow(int64_t n) {
+    if (pending_ + n > int64_t{1} << 31) widen();
+    pending_ += n;
+    return narrow_.data();
+  }
+  void remove(int64_t bin) { --wide_[bin]; }
+  int64_t count(int64_t bin) const {
+    int64_t sum = wide_[bin];
+    for (int64_t w = 0; w < kWays; ++w) sum += narrow_[kWays * bin + w];
+    return sum;
+  }
+
+ private:
+  void widen() {
+    for (size_t bin = 0; bin < wide_.size(); ++bin) wide_[bin] = count(static_cast<int64_t>(bin));
+    std::fill(narrow_.begin(), narrow_.end(), 0u);
+    pending_ = 0;
+  }
+
+  int64_t pending_ = 0;
+  std::vector<uint32_t> narrow_;
+  std::vector<int64_t> wide_;
+};
+
+// Counts the digit of n keys; with the first digit, whatever their prefix (there is none).
+template <bool kFirst, class K>
+void count_digits(const K* keys, int64_t n, int prefix_shift, K prefix, int shift, K mask,
+                  uint32_t* narrow) {
+  for (int64_t j = 0; j < n; ++j) {
+    const K key = keys[j];
+    if (kFirst || (key >> prefix_shift) == prefix) {
+      ++narrow[Histogram::kWays * ((key >> shift) & mask) + (j & (Histogram::kWays - 1))];
+    }
+  }
+}
+
 // Multi-tensor radix select: a histogram of the top digit of every key, the bin that holds the
 // k-th largest, then the next digit inside that bin, until the bin holds no more than `enough`
 // elements (the filter then finishes) or the key is complete. One read of the scores a digit.
@@ -112,9 +160,7 @@ Bound<T> radix_bound(const SelectTopkArgs& args, const Source<T>& source,
                      const std::vector<Tile>& tiles, int threads, int64_t enough) {
   using K = Key<T>;
   constexpr int kWidth = static_cast<int>(sizeof(K)) * 8;
-  constexpr int64_t kBins = int64_t{1} << 13;
-  // Two histograms a thread, used in turn: runs of one value would wait for the store before.
-  std::vector<std::vector<int64_t>> histograms(static_cast<size_t>(threads));
+  std::vector<Histogram> histograms(static_cast<size_t>(threads));
 
   K prefix = 0;       // the digits found so far
   int known = 0;      // how many bits they are
@@ -125,23 +171,26 @@ Bound<T> radix_bound(const SelectTopkArgs& args, const Source<T>& source,
     const int shift = kWidth - known - bits;
     const K mask = (K{1} << bits) - 1;
     const auto matches = [&](K key) { return known == 0 || (key >> (kWidth - known)) == prefix; };
-    for (auto& histogram : histograms) histogram.assign(2 * kBins, 0);
+    for (Histogram& histogram : histograms) histogram.reset(int64_t{1} << bits);
     parallel_for(threads, static_cast<int64_t>(tiles.size()), 1, [&](int thread, int64_t i) {
       const Tile& tile = tiles[i];
-      int64_t* histogram = histograms[thread].data();
+      Histogram& histogram = histograms[thread];
+      uint32_t* narrow = histogram.narrow(tile.n);
       typename Source<T>::Buffers buffers;
       K keys[kBlock];
       for (int64_t begin = 0; begin < tile.n; begin += kBlock) {
         const int64_t m = std::min(kBlock, tile.n - begin);
         source.keys(source.block(tile.tensor, tile.begin + begin, m, buffers), m, keys);
-        for (int64_t j = 0; j < m; ++j) {
-          if (matches(keys[j])) ++histogram[((keys[j] >> shift) & mask) + (j & 1) * kBins];
+        if (known == 0) {
+          count_digits<true>(keys, m, 0, prefix, shift, mask, narrow);
+        } else {
+          count_digits<false>(keys, m, kWidth - known, prefix, shift, mask, narrow);
         }
       }
       const IndexView excluded = excluded_in(args, tile.tensor, tile.begin, tile.n);
       for (int64_t e = 0; e < excluded.n; ++e) {
         const K key = to_key(source.at(tile.tensor, excluded.data[e]));
-        if (matches(key)) --histogram[(key >> shift) & mask];
+        if (matches(key)) histogram.remove((key >> shift) & mask);
       }
     });
     ++passes;
@@ -152,7 +201,7 @@ Bound<T> radix_bound(const SelectTopkArgs& args, const Source<T>& source,
       --bin;
       above += inside;
       inside = 0;
-      for (const auto& histogram : histograms) inside += histogram[bin] + histogram[bin + kBins];
+      for (const Histogram& histogram : histograms) inside += histogram.count(bin);
     } while (above + inside < args.k && bin > 0);
     prefix = static_cast<K>(prefix << (known ? bits : 0)) | static_cast<K>(bin);
     known += bits;
