@@ -1,0 +1,86 @@
+"""Files of tensors with a JSON header: written whole or not at all, read with clear errors.
+
+A file is safetensors; its metadata holds three strings: ``format`` (what it is), ``version`` and
+``info`` (JSON). It is written beside its destination under a temporary name, flushed to the disk
+and renamed, so a reader never sees half a file and an interrupted run leaves the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    file_format: str,
+    version: int,
+    info: Mapping[str, Any],
+) -> None:
+    """Write `tensors` and `info` to `path` atomically; parent directories must exist."""
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    header = {"format": file_format, "version": str(version), "info": json.dumps(info)}
+    try:
+        save_file(dict(tensors), temporary, metadata=header)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, file_format: str, version: int, where: str
+) -> tuple[dict[str, Any], list[str], Callable[[str], torch.Tensor]]:
+    """Open a file of `write_tensors`: its info, its tensor names, and a reader for one tensor.
+
+    Tensors are read one by one (each a copy of its own), so a large file never has to be held
+    twice. Raises FileNotFoundError, or ValueError when the file is not what it should be.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{where}: wanted a file, got {str(path)!r}, which is not one")
+    handle: Any
+    try:
+        handle = safe_open(path, framework="pt")
+        header = handle.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{where}: {str(path)!r} is not a whole safetensors file (truncated, or another "
+            f"format): {error}"
+        ) from error
+    if header.get("format") != file_format:
+        raise ValueError(
+            f"{where}: {str(path)!r} must hold {file_format!r}, got {header.get('format')!r}"
+        )
+    if header.get("version") != str(version):
+        raise ValueError(
+            f"{where}: {str(path)!r} must have format version {version}, got "
+            f"{header.get('version')!r}; it was written by another release of piece_ops"
+        )
+    try:
+        info = json.loads(header["info"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where}: the header of {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{where}: the header of {str(path)!r} must be a JSON object")
+
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor.clone()
+
+    return info, list(handle.keys()), read

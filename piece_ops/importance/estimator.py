@@ -1,0 +1,392 @@
+"""Which parameters matter for a task: streamed gradient statistics and the selection from them.
+
+`Importance` adds up what its method needs, one backward pass per sample, and `Importance.select`
+ranks all candidates at once. `estimate` does both in one call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from operator import index
+from typing import Any
+
+from torch import Tensor, nn
+
+from piece_ops.importance.candidates import find_candidates
+from piece_ops.importance.passes import LossFunction, is_batch
+from piece_ops.importance.scores import NEEDS, scores_of
+from piece_ops.importance.self_texts import self_texts
+from piece_ops.importance.sources import show_progress, sources_of
+from piece_ops.importance.statistics import WHERE, Statistics
+from piece_ops.importance.statistics_file import StatisticsFile, write_statistics
+from piece_ops.functional import select_topk
+from piece_ops.selection import Selection, check_positions
+
+METHODS = tuple(NEEDS)
+
+
+class Importance(Statistics):
+    """Gradient statistics of a model over a task's samples, and the selection they give.
+
+    With g_n the gradient of sample n's own loss (n = 1..N) and w the weights:
+
+    ==========  ==========================================================  =====================
+    method      score                                                       float32 accumulators
+    ==========  ==========================================================  =====================
+    piece-f     mean g^2, the diagonal empirical Fisher F                   1 per candidate
+    piece-s     abs(mean g) / sqrt(F + xi)                                  2
+    piece-g     abs(mean g) / (F_ref + mean of F_ref over all candidates)   2
+    gradient    abs(mean g)                                                 1
+    snip        abs(mean g * w)                                             1
+    taylor      F * w^2                                                     1
+    magnitude   abs(w)                                                      none, no data needed
+    random      uniform, from `seed`                                        none, no data needed
+    ==========  ==========================================================  =====================
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. Passes run in the mode it is in: call ``model.eval()`` for gradients without
+        dropout. Its gradients, flags and hooks are left as they were.
+    method : str
+        One of `METHODS`.
+    loss_fn : callable, optional
+        ``loss_fn(model, batch)`` returning one loss; default ``model(**batch).loss``.
+    per_sample : bool
+        True: each row of a batch is its own backward (right padding is cut off first, unless
+        `loss_fn` is given). False: one backward per batch, whose mean gradient is then one sample.
+    include, exclude : str, compiled regular expression, or iterable of those
+        Names, fnmatch patterns or regular expressions (searched) of the candidates. A pattern
+        that matches no parameter is an error.
+    embeddings : bool
+        Let input embeddings (and an output head tied to them) be candidates. They are counted in
+        `total` either way. Frozen parameters are never candidates.
+    reference : optional
+        piece-g only: what must be kept. Batches, ``"self"`` (texts the model samples itself), an
+        `Importance` with square sums, the path of a saved one, or a list of such sources, each of
+        which enters as one mean. Used by `run_reference`, at the latest in `select`.
+    reference_samples, reference_tokens : int
+        Number and greatest length of the texts for ``"self"``, 32 of 64 tokens by default.
+    xi : float, optional
+        piece-s only, on the scale of the mean: default 1/N, which is the 1 that the released PIECE
+        code adds to the sum. The smaller, the more consistent gradients beat large ones.
+    compat : None or "official"
+        ``"official"`` (piece-f and piece-s) follows the released code: scores on sums with 1
+        added, one backward per batch as it comes, candidates by name (no "embed" in it), N over
+        trainable parameters. It differs in two points: sums are float32 (there: the model's
+        dtype), and a NaN raises (there: becomes 0).
+    seed : int
+        For random, and for the texts of ``"self"``.
+
+    Notes
+    -----
+    A non-finite loss raises before its sample is added (samples before it are in). A non-finite
+    gradient raises and names the parameter; gradients of that backward that came earlier have then
+    been added, so the statistics are spoiled: everything but `reset` raises from there on.
+
+    Examples
+    --------
+    >>> import torch, piece_ops
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> importance = piece_ops.Importance(
+    ...     layer, "piece-f", loss_fn=lambda model, batch: model(batch["x"]).square().mean()
+    ... )
+    >>> importance.update({"x": torch.randn(5, 3)})
+    >>> importance.sample_count, importance.select(k=2).k
+    (5, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "piece-f",
+        *,
+        loss_fn: LossFunction | None = None,
+        per_sample: bool = True,
+        include: Any = None,
+        exclude: Any = None,
+        embeddings: bool = False,
+        reference: Any = None,
+        reference_samples: int = 32,
+        reference_tokens: int = 64,
+        xi: float | None = None,
+        compat: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_settings(method, xi, compat, reference)
+        official = compat == "official"
+        candidates = find_candidates(
+            model,
+            include=include,
+            exclude=exclude,
+            embeddings=embeddings,
+            official=official,
+            where=WHERE,
+        )
+        self._texts = (reference_samples, reference_tokens)
+        self._sources = sources_of(reference, Importance, WHERE)
+        self._xi, self._compat, self._seed = xi, compat, seed
+        super().__init__(
+            model,
+            candidates,
+            method=method,
+            per_sample=per_sample and not official,
+            loss_fn=loss_fn,
+        )
+
+    def reset(self) -> None:
+        """Forget all statistics, of the task and of the reference."""
+        super().reset()
+        self._sources_run = 0
+
+    def run_reference(self, progress: bool = False) -> None:
+        """Work through the sources given as ``reference=`` (once; `select` does it if need be)."""
+        while self._sources_run < len(self._sources):
+            source = self._sources[self._sources_run]
+            if isinstance(source, Importance):
+                self.add_reference(source)
+            elif source == "self":
+                samples, tokens = self._texts
+                texts = self_texts(
+                    self.model, samples=samples, tokens=tokens, seed=self._seed, where=WHERE
+                )
+                # The model's own text has the model's own loss.
+                self._run_source(show_progress(texts, "self texts", progress, samples), None)
+            elif isinstance(source, (str, os.PathLike)):
+                self.add_reference(Importance.load(source, self.model))
+            else:
+                batches = show_progress(source, "reference", progress)
+                self._run_source(batches, self._loss_fn)
+            self._sources_run += 1
+
+    def _run_source(self, batches: Iterable[Any], loss_fn: LossFunction | None) -> None:
+        self.finish_reference()
+        try:
+            for batch in batches:
+                self._add_reference_batch(batch, loss_fn)
+        except BaseException as error:
+            # What came before may not be repeatable, so a second try would count it wrongly.
+            self._spoiled = self._spoiled or f"a reference stopped half way: {error}"
+            raise
+        if not self._reference_samples:
+            raise ValueError(f"{WHERE}: a reference must have at least one batch, got none")
+        self.finish_reference()
+
+    # ---------------------------------------------------------------------------------- selecting
+
+    def select(
+        self,
+        density: float | None = None,
+        k: int | None = None,
+        exclude_positions: Mapping[str, Tensor] | Selection | None = None,
+    ) -> Selection:
+        """Choose the k candidates with the largest score, over all parameters at once.
+
+        Parameters
+        ----------
+        density : float in (0, 1]
+            Chosen share of all N parameters: k = max(1, int(density * N)).
+        k : int in 0..candidates
+            Their number. Exactly one of the two must be given.
+        exclude_positions : Selection, or dict of str to Tensor of int64, optional
+            Coordinates that must not be chosen.
+
+        Returns
+        -------
+        Selection
+            Equal scores: the earlier parameter, then the smaller position. Its threshold is on
+            the scale of the formulas above, of means over samples (compat: of sums).
+        """
+        where = f"{WHERE}.select"
+        self._check_sound(where)
+        wanted = _wanted_k(density, k, self.total, where)
+        need = NEEDS[self.method]
+        if need.data and not self._samples:
+            raise ValueError(f"{where}: at least one sample is needed, got none; call update()")
+        reference: dict[str, Tensor] = {}
+        reference_samples = 1
+        if need.reference:
+            self.run_reference()
+            reference, reference_samples = self._reference_statistics(where)
+        excluded = self._excluded(exclude_positions, where)
+        room = self.candidate_count - sum(p.numel() for p in excluded.values())
+        if not 0 <= wanted <= room:
+            raise ValueError(
+                f"{where}: k must be in 0..{room} (the candidates; {self.total} parameters in "
+                f"all), got {wanted}"
+            )
+        weights = {name: p.detach() for name, p in self._candidates.parameters.items()}
+        scores, scale = scores_of(
+            self.method,
+            weights,
+            self._sums,
+            self._square_sums,
+            reference,
+            samples=self._samples,
+            reference_samples=reference_samples,
+            xi=self._xi,
+            official=self._compat == "official",
+            seed=self._seed,
+            where=where,
+        )
+        top = select_topk(scores, wanted, exclude=excluded or None)
+        return Selection(
+            indices={n: i.to("cpu") for n, i in top.indices.items() if i.numel()},
+            shapes={n: tuple(p.shape) for n, p in self._candidates.parameters.items()},
+            total=self.total,
+            method=self.method,
+            threshold=float(top.threshold) * scale,
+        )
+
+    def _excluded(
+        self, given: Mapping[str, Tensor] | Selection | None, where: str
+    ) -> dict[str, Tensor]:
+        """Excluded positions of the candidates; names of other parameters are no matter."""
+        positions = given.indices if isinstance(given, Selection) else dict(given or {})
+        known = dict(self.model.named_parameters())
+        for name, tensor in positions.items():
+            if name not in known:
+                raise ValueError(f"{where}: exclude_positions names no parameter: {name!r}")
+            check_positions(tensor, known[name].numel(), name, where)
+        return {name: positions[name] for name in self.names if name in positions}
+
+    # -------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics to a safetensors file, atomically: 4 bytes per sum."""
+        self._check_sound(f"{WHERE}.save")
+        settings = {
+            "method": self._method,
+            "per_sample": self._per_sample,
+            "xi": self._xi,
+            "compat": self._compat,
+            "seed": self._seed,
+        }
+        write_statistics(path, self, settings)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, *, loss_fn: LossFunction | None = None
+    ) -> Importance:
+        """Read a file of `save`, for a model with the same parameters (names and shapes).
+
+        Its candidates are those of the file; sources of ``reference=`` that had not run yet are
+        not in it.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            No such file; truncated, damaged or of another version; parameters that the model
+            lacks or has in another shape (the message lists them).
+        """
+        file = StatisticsFile(path, model, f"{WHERE}.load")
+        settings = file.settings
+        self = cls.__new__(cls)
+        self._texts, self._sources = (32, 64), []
+        self._xi, self._compat = settings["xi"], settings["compat"]
+        self._seed = int(settings["seed"])
+        Statistics.__init__(
+            self,
+            model,
+            file.candidates,
+            method=settings["method"],
+            per_sample=bool(settings["per_sample"]),
+            loss_fn=loss_fn,
+        )
+        file.fill(self)
+        return self
+
+
+def estimate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    method: str = "piece-s",
+    density: float | None = None,
+    *,
+    k: int | None = None,
+    progress: bool = False,
+    exclude_positions: Mapping[str, Tensor] | Selection | None = None,
+    **settings: Any,
+) -> Selection:
+    """Choose the coordinates of a model that matter most for a task, in one call.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Passes run in the mode it is in (``model.eval()`` for gradients without dropout).
+    batches : iterable of dicts
+        The task: arguments of the model, labels included; every row is one sample. Not looked at
+        by the methods magnitude and random, which need none.
+    method : str
+        One of `METHODS`; see `Importance`.
+    density : float in (0, 1], optional
+        Chosen share of all parameters; 0.001 when neither it nor `k` is given.
+    k : int, optional
+        The number of coordinates instead.
+    progress : bool
+        Show a progress bar (needs tqdm).
+    exclude_positions : Selection or dict, optional
+        Coordinates that must not be chosen.
+    **settings
+        Everything else that `Importance` takes: loss_fn, per_sample, include, exclude,
+        embeddings, reference, reference_samples, reference_tokens, xi, compat, seed.
+
+    Returns
+    -------
+    Selection
+
+    Examples
+    --------
+    >>> import torch, piece_ops
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> piece_ops.estimate(layer, method="magnitude", density=0.25).k
+    2
+    """
+    if density is None and k is None:
+        density = 1e-3
+    importance = Importance(model, method, **settings)
+    _wanted_k(density, k, importance.total, "piece_ops.estimate")
+    if NEEDS[method].data:
+        if batches is None or is_batch(batches):
+            raise TypeError(
+                f"piece_ops.estimate: method {method!r} needs an iterable of batches, got "
+                f"{type(batches).__name__}"
+            )
+        importance.run_reference(progress)
+        for batch in show_progress(batches, "importance", progress):
+            importance.update(batch)
+        if not importance.sample_count:
+            raise ValueError("piece_ops.estimate: batches must hold at least one batch, got none")
+    return importance.select(density=density, k=k, exclude_positions=exclude_positions)
+
+
+def _wanted_k(density: float | None, k: int | None, total: int, where: str) -> int:
+    if (density is None) == (k is None):
+        raise ValueError(
+            f"{where}: exactly one of density and k must be given, got density={density}, k={k}"
+        )
+    if k is not None:
+        if isinstance(k, bool) or not hasattr(k, "__index__"):
+            raise TypeError(f"{where}: k must be an int, got {type(k).__name__}")
+        return index(k)
+    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+        raise ValueError(f"{where}: density must be in (0, 1], got {density!r}")
+    return max(1, int(density * total))
+
+
+def _check_settings(method: str, xi: float | None, compat: str | None, reference: Any) -> None:
+    if method not in NEEDS:
+        raise ValueError(f"{WHERE}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if compat not in (None, "official"):
+        raise ValueError(f"{WHERE}: compat must be None or 'official', got {compat!r}")
+    if compat and method not in ("piece-f", "piece-s"):
+        raise ValueError(
+            f"{WHERE}: compat='official' exists for piece-f and piece-s, got {method!r}"
+        )
+    if xi is not None and (method != "piece-s" or compat):
+        raise ValueError(f"{WHERE}: xi belongs to piece-s without compat, got xi={xi}")
+    if xi is not None and not 0.0 < xi < float("inf"):
+        raise ValueError(f"{WHERE}: xi must be positive and finite, got {xi}")
+    if reference is not None and not NEEDS[method].reference:
+        raise ValueError(f"{WHERE}: reference belongs to piece-g, got it for {method!r}")
