@@ -17,14 +17,24 @@ from piece_ops.functional import (
     sparse_adamw_,
     total,
 )
+from piece_ops.importance import METHODS, Importance, estimate
+from piece_ops.model import PieceModel
+from piece_ops.optim import SparseAdamW
+from piece_ops.selection import Selection
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
+    "Importance",
+    "PieceModel",
     "Score",
+    "Selection",
+    "SparseAdamW",
     "TopK",
     "__version__",
     "accumulate_squares_",
+    "estimate",
     "gather",
     "scatter_",
     "select_topk",

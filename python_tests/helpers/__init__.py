@@ -1,0 +1,1 @@
+"""Shared by the tests: generated inputs, comparisons that say what differs, tolerances."""
