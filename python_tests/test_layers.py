@@ -23,6 +23,7 @@ PYTHON_FLOORS = {
     "_native": 0,
     "_schema": 1,
     "_arrays": 1,
+    "_topk": 2,
     "backends": 2,
     "functional": 3,
     "importance": 4,

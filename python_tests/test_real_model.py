@@ -51,7 +51,7 @@ def plain_torch_selection(model: Any, batches: list[dict[str, Tensor]], method: 
         torch._foreach_add_(sums, grads)
         torch._foreach_addcmul_(squares, grads, grads)
     s, q = (torch.cat([x.flatten() for x in xs]) for xs in (sums, squares))
-    # The root in float64, rounded: torch's vectorised float32 root is off by one bit here and there.
+    # The root in float64, rounded: torch's vectorised float32 root is one bit off here and there.
     score = q if method == "piece-f" else s.abs() / (q + 1.0).double().sqrt().float()
     k = int(0.001 * sum(p.numel() for p in model.parameters()))
     order = torch.argsort(score, descending=True, stable=True)[:k]
