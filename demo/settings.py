@@ -13,11 +13,11 @@ METHOD = "piece-g"
 LR = 5e-3
 
 GRID = {
-    "piece-g": (3e-3, 5e-3, 1e-2),
-    "piece-f": (1e-4, 3e-4, 1e-3),
-    "piece-s": (3e-4, 1e-3, 3e-3),
-    "random": (3e-3, 1e-2, 3e-2),
-    "full": (1e-5, 3e-5, 1e-4),
+    "piece-g": (2e-3, 3e-3, 5e-3),
+    "piece-f": (1e-4, 3e-4),
+    "piece-s": (3e-4, 1e-3),
+    "random": (1e-2, 3e-2),
+    "full": (1e-5, 3e-5),
 }
 """Method -> the learning rates that are tried."""
 
