@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ class Comparison:
             "rule": "the rate with the highest mean accuracy on eval rows after the last task; of "
             "equal ones the one with the smaller mean answer loss",
             "data_sha256": self.digest,
+            "tzdata": version("tzdata"),
             "machine": chosen[0]["machine"],
             "versions": chosen[0]["versions"],
             "chosen": chosen,
