@@ -10,7 +10,8 @@ TASKS = ("zones", "names", "scripts")
 TEXTS = ("english", "code")
 
 METHOD = "piece-g"
-LR = 5e-3
+LR = 3e-3
+"""The best of the recorded grid."""
 
 GRID = {
     "piece-g": (2e-3, 3e-3, 5e-3),

@@ -74,6 +74,13 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], list[str]]] = {
     "exclude twice": (X, 1, {"exclude": positions(1, 1)}, ValueError, ["exclude", "increasing"]),
     "exclude unsorted": (X, 1, {"exclude": positions(2, 1)}, ValueError, ["exclude", "increasing"]),
     "exclude past the end": (X, 1, {"exclude": positions(1, 4)}, ValueError, ["exclude", "4"]),
+    "exclude wrong in the second of two, each by itself": (
+        {"a": X, "b": X},
+        1,
+        {"scope": "tensor", "exclude": {"a": positions(1), "b": positions(4)}},
+        ValueError,
+        ["exclude['b']", "4"],
+    ),
     "exclude negative": (X, 1, {"exclude": positions(-1, 2)}, ValueError, ["exclude", "-1"]),
     "exclude int32": (X, 1, {"exclude": positions(1).int()}, TypeError, ["int64", "int32"]),
     "exclude a mask": (X, 1, {"exclude": X > 1}, TypeError, ["int64", "bool"]),

@@ -129,6 +129,7 @@ py::tuple select_topk(const Ints& first, const Ints& sizes, const Ints& first_dt
       SelectTopkArgs own = args;
       if (by_tensor) {
         own.count = 1;
+        own.first_number = before;
         own.first += before;
         if (own.second) own.second += before;
         if (own.exclude) own.exclude += before;

@@ -315,7 +315,8 @@ SelectTopkResult select_topk(const Context& context, const SelectTopkArgs& args)
   for (int64_t t = 0; t < args.count; ++t) {
     candidates += args.first[t].n;
     if (!args.exclude) continue;
-    check_indices("select_topk", "exclude", t, args.exclude[t], args.first[t].n);
+    check_indices("select_topk", "exclude", args.first_number + t, args.exclude[t],
+                  args.first[t].n);
     candidates -= args.exclude[t].n;
   }
   PIECE_OPS_CHECK(args.k >= 0 && args.k <= candidates, "piece_ops.select_topk: k must be in 0..",

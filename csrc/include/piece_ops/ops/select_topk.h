@@ -21,6 +21,7 @@ struct SelectTopkArgs {
   float constant;
   uint64_t seed;           // kRandom
   int64_t first_position;  // kRandom: the position of the first element in the caller's order
+  int64_t first_number;    // the number of first[0] in the caller's list, for errors
   int64_t k;               // 0 <= k <= elements - excluded
   bool nan_is_lowest;      // false: report NaN instead of choosing
   TopkAlgorithm algorithm;
