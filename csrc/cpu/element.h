@@ -8,6 +8,17 @@
 
 namespace piece_ops::cpu {
 
+// Asks for the cache lines of some positions before they are used, so that the misses overlap. With
+// cold caches (a training step in between) one AdamW step on 0.1 % of 135 M weights took 2.0 ms
+// without, 1.75 with it. 4096 lines are 256 KiB and stay in L2.
+template <bool kForWrite>
+inline void prefetch_positions(const void* data, DType dtype, const int64_t* index, int64_t n) {
+  const int64_t size = size_of(dtype);
+  for (int64_t s = 0; s < n; ++s) {
+    __builtin_prefetch(static_cast<const char*>(data) + index[s] * size, kForWrite ? 1 : 0);
+  }
+}
+
 // Calls body with a zero of the unsigned type as wide as the dtype.
 template <class Body>
 void with_bits(DType dtype, Body body) {

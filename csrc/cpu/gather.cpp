@@ -15,6 +15,7 @@ void gather(const Context& context, const GatherArgs& args) {
                      [&](const Tile& tile, const int64_t* index) {
                        const ConstView& source = args.sources[tile.tensor];
                        const View& values = args.values[tile.tensor];
+                       prefetch_positions<false>(source.data, source.dtype, index, tile.n);
                        if (source.dtype == values.dtype) {
                          with_bits(source.dtype, [&](auto bits) {
                            using Bits = decltype(bits);

@@ -15,6 +15,7 @@ void scatter(const Context& context, const ScatterArgs& args) {
                      [&](const Tile& tile, const int64_t* index) {
                        const View& target = args.targets[tile.tensor];
                        const ConstView& values = args.values[tile.tensor];
+                       prefetch_positions<true>(target.data, target.dtype, index, tile.n);
                        if (target.dtype == values.dtype) {
                          with_bits(target.dtype, [&](auto bits) {
                            using Bits = decltype(bits);

@@ -28,6 +28,10 @@ void sparse_adamw(const Context& context, const SparseAdamwArgs& args) {
                        const ConstView& grad = args.grads[t];
                        float* values = args.values[t] + tile.begin;
 
+                       const View& weight = args.weights[t];
+                       prefetch_positions<true>(weight.data, weight.dtype, index, tile.n);
+                       if (grad.n != args.indices[t].n)
+                         prefetch_positions<false>(grad.data, grad.dtype, index, tile.n);
                        float wide[kSlotTile];
                        const float* g = wide;
                        if (grad.n != args.indices[t].n) {  // dense
