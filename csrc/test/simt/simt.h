@@ -208,9 +208,9 @@ struct Site {
 #define __match_any_sync(mask, value)                                             \
   static_cast<unsigned>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kMatch, mask,      \
                                                ::simt::to_word(value), "__match_any_sync"))
-#define PIECE_OPS_SIMT_REDUCE(op, mask, value, name) \
-  static_cast<unsigned>(                             \
-      PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::op, mask, static_cast<unsigned>(value), name))
+#define PIECE_OPS_SIMT_REDUCE(kind, mask, value, name) \
+  static_cast<unsigned>(                               \
+      PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kind, mask, static_cast<unsigned>(value), name))
 #define __reduce_add_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kAdd, mask, v, "__reduce_add_sync")
 #define __reduce_max_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kMax, mask, v, "__reduce_max_sync")
 #define __reduce_min_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kMin, mask, v, "__reduce_min_sync")

@@ -1,0 +1,12 @@
+// cuda.h - the CUDA ops' part of the module; also bound, over the emulated kernels, for the tests.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace piece_ops::binding {
+
+void translate_errors();  // piece_ops::Error to ValueError, NotImplementedError or RuntimeError
+
+void bind_cuda(pybind11::module_& m);
+
+}  // namespace piece_ops::binding
