@@ -13,7 +13,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SOURCES := $(CPP_FILES) CMakeLists.txt setup.py
 SANITIZED := .san
-LIBASAN = $(shell $(CXX) -print-file-name=libasan.so)
+# libstdc++ too: ASan must find __cxa_throw before the interpreter loads a C++ module.
+SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) \
+  $(shell $(CXX) -print-file-name=libstdc++.so)
 CXX ?= g++
 
 .PHONY: build demo test slow bench lint format sanitize clean
@@ -46,7 +48,8 @@ slow: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.extra-bench
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --out bench/results/cpu.jsonl
+	$(BIN)/python -m bench.report bench/results/cpu.jsonl
 
 lint: $(VENV)/.extra-test $(VENV)/.extra-lint
 	$(BIN)/ruff check .
@@ -73,7 +76,7 @@ sanitize: $(VENV)/.extra-test
 	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
 	cp -r piece_ops $(SANITIZED)/site/ && rm -f $(SANITIZED)/site/piece_ops/_C.*
 	cmake --install $(SANITIZED)/build --component module --prefix $(SANITIZED)/site/piece_ops
-	LD_PRELOAD=$(LIBASAN) PYTHONPATH=$(SANITIZED)/site \
+	LD_PRELOAD="$(SANITIZER_LIBRARIES)" PYTHONPATH=$(SANITIZED)/site \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/pytest -p no:cacheprovider -m "not slow" \
 	  $(wildcard python_tests/test_accumulate_squares.py python_tests/test_select_topk*.py \

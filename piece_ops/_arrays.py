@@ -6,12 +6,15 @@ like the input and of its array type.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 
 def as_tensor(op: str, argument: str, value: object, *, is_written: bool) -> Tensor:
@@ -39,14 +42,17 @@ def as_tensor(op: str, argument: str, value: object, *, is_written: bool) -> Ten
         )
     if is_written and not value.flags.writeable:
         raise ValueError(
-            f"piece_ops.{op}: {argument} is written, but the array is read-only "
-            "(flags.writeable is False)"
+            f"piece_ops.{op}: {argument} is written and must be writeable, got a read-only array"
         )
     try:
         # from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes.
-        return torch.from_numpy(value) if value.flags.writeable else torch.from_dlpack(value)
+        return torch.from_numpy(value) if value.flags.writeable else from_dlpack(value)
     except (TypeError, BufferError) as error:
         raise TypeError(f"piece_ops.{op}: {argument} has dtype {value.dtype}: {error}") from error
+
+
+def _all_tensors(items: Sequence[object]) -> bool:
+    return set(map(type, items)) <= {Tensor, torch.nn.Parameter}
 
 
 class Arrangement:
@@ -68,8 +74,13 @@ class Arrangement:
         else:
             self._kind = Tensor
             items = [value]
+        self.tensors: list[Tensor]
+        if _all_tensors(items):
+            self._is_numpy: list[bool] | None = None
+            self.tensors = list(items)  # type: ignore[arg-type]
+            return
         self._is_numpy = [isinstance(item, np.ndarray) for item in items]
-        self.tensors: list[Tensor] = [
+        self.tensors = [
             item
             if isinstance(item, Tensor)
             else as_tensor(op, self._name(argument, t), item, is_written=is_written)
@@ -79,9 +90,21 @@ class Arrangement:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def name(self, t: int) -> str:
-        """Return the caller's name of tensor t: ``scores``, ``scores[3]`` or ``scores['w']``."""
-        return self._name(self._argument, t)
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Put the caller's names into errors of the ops, which know tensors by number only.
+
+        ``scores[3]`` becomes ``scores['w']`` for a dict, and ``scores`` for one array.
+        """
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            text = re.sub(r"\b(\w+)\[(\d+)\]", self._rename, str(error))
+            raise type(error)(text) from None
+
+    def _rename(self, match: re.Match[str]) -> str:
+        t = int(match[2])
+        return self._name(match[1], t) if t < len(self) else match[0]
 
     def _name(self, argument: str, t: int) -> str:
         if self._keys is not None:
@@ -90,10 +113,11 @@ class Arrangement:
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """Arrange results (tensors, or plain numbers) like the caller's input."""
-        results = [
-            tensor.numpy() if is_numpy and isinstance(tensor, Tensor) else tensor
-            for tensor, is_numpy in zip(tensors, self._is_numpy, strict=True)
-        ]
+        results = list(tensors)
+        if self._is_numpy is not None:
+            for t, is_numpy in enumerate(self._is_numpy):
+                if is_numpy and isinstance(results[t], Tensor):
+                    results[t] = results[t].numpy()
         if self._keys is not None:
             return dict(zip(self._keys, results, strict=True))
         return results[0] if self._kind is Tensor else self._kind(results)
@@ -106,13 +130,16 @@ class Arrangement:
         ValueError
             If it is arranged otherwise, or has other keys or another length.
         """
+        if self._kind is list and isinstance(value, list) and _all_tensors(value):
+            if len(value) == len(self):  # the usual case, at a tenth of the cost
+                return value
         tensors = self.match_optional(argument, value, is_written=is_written)
         present: list[Tensor] = []
         for t, tensor in enumerate(tensors):
             if tensor is None:
                 raise ValueError(
-                    f"piece_ops.{self._op}: {self._name(argument, t)} is missing; {argument} must "
-                    f"be arranged like {self._argument}"
+                    f"piece_ops.{self._op}: {argument} must be arranged like {self._argument}, "
+                    f"got no {self._name(argument, t)}"
                 )
             present.append(tensor)
         return present
@@ -125,11 +152,12 @@ class Arrangement:
         if self._keys is not None:
             if not isinstance(value, Mapping):
                 raise TypeError(self._mismatch(argument, "a dict", type(value).__name__))
-            unknown = [key for key in value if key not in set(self._keys)]
+            known = set(self._keys)
+            unknown = [key for key in value if key not in known]
             if unknown:
                 raise ValueError(
-                    f"piece_ops.{self._op}: {argument} has keys that {self._argument} has not: "
-                    f"{unknown[:3]!r}"
+                    f"piece_ops.{self._op}: {argument} must have no keys but those of "
+                    f"{self._argument}, got {unknown[:3]!r}"
                 )
             items = [value.get(key) for key in self._keys]
         elif self._kind is Tensor:
@@ -153,6 +181,4 @@ class Arrangement:
         ]
 
     def _mismatch(self, argument: str, wanted: str, got: str) -> str:
-        return (
-            f"piece_ops.{self._op}: {argument} must be {wanted} like {self._argument}, got {got}"
-        )
+        return f"piece_ops.{self._op}: {argument} must be {wanted} like {self._argument}, got {got}"

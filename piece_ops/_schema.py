@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("piece_ops", "DEF")
+LIBRARY: Any = torch.library.Library("piece_ops", "DEF")  # type: ignore[no-untyped-call]
 
 HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = (*HALVES_AND_FLOAT, torch.float64)
@@ -34,21 +34,31 @@ SCORES_WITH_SECOND = ("piece-s", "piece-g", "snip", "taylor")
 ALGORITHM_CODES = {"auto": 0, "filter": 1, "radix": 2}
 NAN_RULES = ("raise", "lowest")
 
-_dtype = attrgetter("dtype")
-_device = attrgetter("device")
+dtype_of = attrgetter("dtype")
+_device_of = attrgetter("device")
 
 
-class TensorValueError(ValueError):
-    """A value found in one tensor of a list; ``functional`` puts the caller's name in.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-    ``text`` contains ``{name}`` where the tensor is named.
-    """
 
-    def __init__(self, text: str, argument: str, tensor: int) -> None:
-        super().__init__(text.format(name=f"{argument}[{tensor}]"))
-        self.text = text
-        self.argument = argument
-        self.tensor = tensor
+def register_fake(op: str) -> Callable[[_Function], _Function]:
+    """Decorator: what an op returns, from shapes and dtypes alone."""
+
+    def decorate(function: _Function) -> _Function:
+        torch.library.register_fake(f"piece_ops::{op}", function, lib=LIBRARY)
+        return function
+
+    return decorate
+
+
+def register(op: str, device: str) -> Callable[[_Function], _Function]:
+    """Decorator: the implementation of an op on a device ("CPU", "CUDA")."""
+
+    def decorate(function: _Function) -> _Function:
+        LIBRARY.impl(op, function, device)
+        return function
+
+    return decorate
 
 
 def _name_dtypes(dtypes: Iterable[torch.dtype]) -> str:
@@ -59,7 +69,7 @@ def check_tensors(
     op: str, argument: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Check dtype and contiguity of one list; the usual, right case costs 0.1 us a tensor."""
-    if not set(map(_dtype, tensors)) <= set(dtypes):
+    if not set(map(dtype_of, tensors)) <= set(dtypes):
         for t, tensor in enumerate(tensors):
             if tensor.dtype not in dtypes:
                 raise TypeError(
@@ -88,6 +98,8 @@ def check_same_numel(
     op: str, argument: str, tensors: Sequence[Tensor], like: str, others: Sequence[Tensor]
 ) -> None:
     """Check that tensors have pairwise as many elements as others."""
+    if list(map(Tensor.numel, tensors)) == list(map(Tensor.numel, others)):
+        return
     for t, (tensor, other) in enumerate(zip(tensors, others, strict=True)):
         if tensor.numel() != other.numel():
             raise ValueError(
@@ -98,7 +110,7 @@ def check_same_numel(
 
 def check_same_device(op: str, *lists: Sequence[Tensor]) -> None:
     """Check that all tensors of all lists are on one device."""
-    devices = {device for tensors in lists for device in set(map(_device, tensors))}
+    devices = {device for tensors in lists for device in set(map(_device_of, tensors))}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"piece_ops.{op}: all tensors must be on one device, got {names}")
@@ -106,6 +118,8 @@ def check_same_device(op: str, *lists: Sequence[Tensor]) -> None:
 
 def _check_indices(op: str, indices: Sequence[Tensor], argument: str = "indices") -> None:
     check_tensors(op, argument, indices, (torch.int64,))
+    if set(map(Tensor.dim, indices)) <= {1}:
+        return
     for t, index in enumerate(indices):
         if index.dim() != 1:
             raise ValueError(
@@ -140,7 +154,7 @@ def check_accumulate_squares_(
         raise ValueError(f"piece_ops.{op}: weight must be positive and finite, got {weight}")
 
 
-@torch.library.register_fake("piece_ops::accumulate_squares_", lib=LIBRARY)
+@register_fake("accumulate_squares_")
 def _fake_accumulate_squares_(
     square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
 ) -> None:
@@ -178,10 +192,14 @@ def check_select_topk(
             raise ValueError(
                 f"piece_ops.{op}: {argument} must be one of {', '.join(known)}, got {value!r}"
             )
+    if not 0 <= constant < float("inf"):
+        raise ValueError(
+            f"piece_ops.{op}: constant must be finite and not negative, got {constant}"
+        )
     if not 0 <= seed < 2**63:
         raise ValueError(f"piece_ops.{op}: seed must be in 0..2^63-1, got {seed}")
     check_tensors(op, "scores", first, FLOATS if score == "plain" else HALVES_AND_FLOAT)
-    dtypes = set(map(_dtype, first))
+    dtypes = set(map(dtype_of, first))
     if torch.float64 in dtypes and len(dtypes) > 1:
         raise TypeError(
             f"piece_ops.{op}: scores must be all float64 or none, got {_name_dtypes(dtypes)}"
@@ -203,7 +221,7 @@ def check_select_topk(
     check_same_device(op, first, second, exclude)
 
 
-@torch.library.register_fake("piece_ops::select_topk", lib=LIBRARY)
+@register_fake("select_topk")
 def _fake_select_topk(
     first: list[Tensor],
     second: list[Tensor],
@@ -263,11 +281,12 @@ def check_sparse_adamw_(
     ):
         check_tensors(op, argument, tensors, (torch.float32,))
         check_same_numel(op, argument, tensors, "indices", indices)
-    for t, grad in enumerate(grads):
-        if grad.numel() not in (indices[t].numel(), weights[t].numel()):
+    sizes = zip(*(map(Tensor.numel, tensors) for tensors in (grads, indices, weights)), strict=True)
+    for t, (got, selected, dense) in enumerate(sizes):
+        if got != selected and got != dense:
             raise ValueError(
-                f"piece_ops.{op}: grads[{t}] must have {indices[t].numel()} elements (one a "
-                f"selected weight) or {weights[t].numel()} (dense), got {grad.numel()}"
+                f"piece_ops.{op}: grads[{t}] must have {selected} elements (one a selected "
+                f"weight) or {dense} (dense), got {got}"
             )
     check_same_device(op, weights, indices, values, grads, exp_avgs, exp_avg_sqs)
     for argument, number, fits, wanted in (
@@ -282,16 +301,14 @@ def check_sparse_adamw_(
             raise ValueError(f"piece_ops.{op}: {argument} must be {wanted}, got {number}")
 
 
-@torch.library.register_fake("piece_ops::sparse_adamw_", lib=LIBRARY)
+@register_fake("sparse_adamw_")
 def _fake_sparse_adamw_(*args: Any) -> None:
     check_sparse_adamw_(*args)
 
 
 # ---- gather --------------------------------------------------------------------------------------
 
-LIBRARY.define(
-    "gather(Tensor[] sources, Tensor[] indices, ScalarType? dtype=None) -> Tensor[]"
-)
+LIBRARY.define("gather(Tensor[] sources, Tensor[] indices, ScalarType? dtype=None) -> Tensor[]")
 
 
 def check_gather(
@@ -310,11 +327,11 @@ def check_gather(
             f"piece_ops.{op}: dtype must be None (the source's own) or float32, got "
             f"{_name_dtypes([dtype])}"
         )
-    if torch.float64 in set(map(_dtype, sources)):
+    if torch.float64 in set(map(dtype_of, sources)):
         raise TypeError(f"piece_ops.{op}: float64 sources cannot be gathered into float32")
 
 
-@torch.library.register_fake("piece_ops::gather", lib=LIBRARY)
+@register_fake("gather")
 def _fake_gather(
     sources: list[Tensor], indices: list[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
@@ -356,7 +373,7 @@ def check_scatter_(
     check_same_device(op, targets, indices, values)
 
 
-@torch.library.register_fake("piece_ops::scatter_", lib=LIBRARY)
+@register_fake("scatter_")
 def _fake_scatter_(targets: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
     check_scatter_(targets, indices, values)
 
@@ -372,7 +389,7 @@ def check_total(tensors: Sequence[Tensor]) -> None:
     check_same_device("total", tensors)
 
 
-@torch.library.register_fake("piece_ops::total", lib=LIBRARY)
+@register_fake("total")
 def _fake_total(tensors: list[Tensor]) -> Tensor:
     check_total(tensors)
     return tensors[0].new_empty([], dtype=torch.float64)
@@ -387,19 +404,9 @@ for _op in OPS:
     LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
-def register(op: str, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the implementation of an op on a device ("CPU", "CUDA")."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        LIBRARY.impl(op, function, device)
-        return function
-
-    return decorate
-
-
 def bump_versions(*lists: Sequence[Tensor]) -> None:
     """Tell autograd that these tensors were written."""
     for tensors in lists:
-        torch.autograd.graph.increment_version(
-            [tensor for tensor in tensors if not tensor.is_inference()]
-        )
+        if any(map(Tensor.is_inference, tensors)):  # these count no versions
+            tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(tensors)

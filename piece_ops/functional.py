@@ -9,7 +9,6 @@ one that it does not name with a trailing underscore, or keeps any state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,84 +16,21 @@ from torch import Tensor
 
 from piece_ops import backends as backends  # registers the implementations
 from piece_ops._arrays import Arrangement
-from piece_ops._schema import SCORE_CODES, SCORES_WITH_SECOND, TensorValueError
+from piece_ops._topk import Score, TopK
 
 Tensors = Any  # Tensor | ndarray | list | tuple | dict of them; mirrored in the result
 _ops = torch.ops.piece_ops
 
-
-@dataclass(frozen=True)
-class Score:
-    """A score computed on the fly from accumulated statistics, never written to memory.
-
-    All arithmetic is float32, exactly as written:
-
-    ============= ==================================== ==================================
-    kind          score                                first, second
-    ============= ==================================== ==================================
-    ``piece-s``   |first| / sqrt(second + constant)    sums, square sums
-    ``piece-g``   |first| / (second + constant)        sums, square sums of what is kept
-    ``magnitude`` |first|                              sums or weights, none
-    ``snip``      |first * second|                     sums, weights
-    ``taylor``    first * (second * second)            square sums, weights
-    ``random``    uniform in [0, 1)                    anything of the sizes wanted (unread)
-    ============= ==================================== ==================================
-
-    Parameters
-    ----------
-    kind : str
-        One of the above.
-    first, second : array, or list, tuple or dict of arrays
-        float32, bfloat16 or float16, contiguous, pairwise of equal size.
-    constant : float
-        Added as above; on the scale of ``second``.
-    seed : int
-        Of ``random``, whose score depends on the seed and on the position in the caller's order.
-
-    Examples
-    --------
-    >>> import piece_ops, torch
-    >>> sums, square_sums = torch.tensor([3.0, -4.0, 0.0]), torch.tensor([9.0, 1.0, 1.0])
-    >>> score = piece_ops.Score("piece-s", sums, square_sums, constant=0.0)
-    >>> piece_ops.select_topk(score, 1).indices
-    tensor([1])
-    """
-
-    kind: str
-    first: Tensors
-    second: Tensors = None
-    constant: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        known = tuple(kind for kind in SCORE_CODES if kind != "plain")
-        if self.kind not in known:
-            raise ValueError(
-                f"piece_ops.Score: kind must be one of {', '.join(known)}, got {self.kind!r}"
-            )
-        if (self.second is not None) != (self.kind in SCORES_WITH_SECOND):
-            wanted = "needs" if self.kind in SCORES_WITH_SECOND else "takes no"
-            raise ValueError(f"piece_ops.Score: {self.kind!r} {wanted} second statistic")
-
-
-@dataclass(frozen=True)
-class TopK:
-    """What select_topk found.
-
-    Attributes
-    ----------
-    indices : array, or list, tuple or dict of arrays
-        int64 flat positions inside each tensor, strictly increasing; arranged, and of the array
-        type and device, like the scores.
-    threshold : float
-        The k-th largest score (inf when k is 0). With scope "tensor": one each, arranged.
-    ties_kept : int
-        How many selected elements equal the threshold. With scope "tensor": one each, arranged.
-    """
-
-    indices: Any
-    threshold: Any
-    ties_kept: Any
+__all__ = [
+    "Score",
+    "TopK",
+    "accumulate_squares_",
+    "gather",
+    "scatter_",
+    "select_topk",
+    "sparse_adamw_",
+    "total",
+]
 
 
 def select_topk(
@@ -172,7 +108,7 @@ def select_topk(
         kind, constant, seed = "plain", 0.0, 0
         given = Arrangement(op, "scores", scores)
         second = []
-    ks = _counts(k, scope, len(given))
+    ks = _counts(k, scope, given)
     if not len(given):
         if any(ks):
             raise ValueError(f"piece_ops.{op}: k must be in 0..0 (there are no scores), got {k}")
@@ -180,19 +116,17 @@ def select_topk(
         is_global = scope == "global"
         return TopK(empty, float("inf") if is_global else empty, 0 if is_global else empty)
     excluded = [] if exclude is None else _excluded(given, exclude)
-    try:
+    with given.naming_errors():
         indices, counts, thresholds, ties = _ops.select_topk(
             given.tensors, second, ks, excluded, kind, constant, seed, nan, algorithm
         )
-    except TensorValueError as error:
-        raise ValueError(error.text.format(name=given.name(error.tensor))) from None
     parts = given.rebuild(indices.split(counts.tolist()) if len(given) > 1 else [indices])
     if scope == "global":
         return TopK(parts, thresholds.item(), int(ties.item()))
     return TopK(parts, given.rebuild(thresholds.tolist()), given.rebuild(ties.tolist()))
 
 
-def _counts(k: int | Sequence[int], scope: str, count: int) -> list[int]:
+def _counts(k: int | Sequence[int], scope: str, given: Arrangement) -> list[int]:
     """One k (global), or one for each tensor."""
     op = "select_topk"
     ks = [k] if not isinstance(k, Sequence) else list(k)
@@ -201,16 +135,21 @@ def _counts(k: int | Sequence[int], scope: str, count: int) -> list[int]:
             raise TypeError(
                 f"piece_ops.{op}: k must be an int, got {type(number).__name__} {number!r}"
             )
+        if not 0 <= number < 2**63:
+            total = sum(tensor.numel() for tensor in given.tensors)
+            raise ValueError(
+                f"piece_ops.{op}: k must be in 0..{total} (the number of scores), got {number}"
+            )
     ks = [int(number) for number in ks]
     if scope == "global":
         if isinstance(k, Sequence):
             raise TypeError(f"piece_ops.{op}: k must be one int for scope 'global', got {k!r}")
         return ks
     if not isinstance(k, Sequence):
-        return ks * count
-    if len(ks) != count:
+        return ks * len(given)
+    if len(ks) != len(given):
         raise ValueError(
-            f"piece_ops.{op}: k must be one int, or one for each of the {count} tensors, "
+            f"piece_ops.{op}: k must be one int, or one for each of the {len(given)} tensors, "
             f"got {len(ks)}"
         )
     return ks
@@ -272,10 +211,8 @@ def accumulate_squares_(
     )
     if not len(given):
         return
-    try:
-        _ops.accumulate_squares_(squares, given.tensors, totals, float(weight))
-    except TensorValueError as error:
-        raise ValueError(error.text.format(name=given.name(error.tensor))) from None
+    with given.naming_errors():
+        _ops.accumulate_squares_(squares, given.tensors, totals, _number(op, "weight", weight))
 
 
 def sparse_adamw_(
@@ -334,23 +271,32 @@ def sparse_adamw_(
     >>> weight
     tensor([1.0000, 1.0000, 0.5000, 1.0000])
     """
-    given = Arrangement("sparse_adamw_", "weights", weights, is_written=True)
+    op = "sparse_adamw_"
+    given = Arrangement(op, "weights", weights, is_written=True)
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"piece_ops.{op}: step must be an int, got {type(step).__name__} {step!r}")
+    numbers = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
+    numbers["weight_decay"] = weight_decay
     if not len(given):
         return
-    _ops.sparse_adamw_(
+    arguments = (
         given.tensors,
         given.match("indices", indices),
         given.match("values", values, is_written=True),
         given.match("grads", grads),
         given.match("exp_avgs", exp_avgs, is_written=True),
         given.match("exp_avg_sqs", exp_avg_sqs, is_written=True),
-        step,
-        lr,
-        betas[0],
-        betas[1],
-        eps,
-        weight_decay,
     )
+    with given.naming_errors():
+        _ops.sparse_adamw_(*arguments, step, *(_number(op, *item) for item in numbers.items()))
+
+
+def _number(op: str, argument: str, value: object) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"piece_ops.{op}: {argument} must be a number, got {type(value).__name__} {value!r}"
+        )
+    return float(value)
 
 
 def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None) -> Tensors:
@@ -384,7 +330,9 @@ def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None)
     given = Arrangement("gather", "sources", sources)
     if not len(given):
         return given.rebuild([])
-    return given.rebuild(_ops.gather(given.tensors, given.match("indices", indices), dtype))
+    positions = given.match("indices", indices)
+    with given.naming_errors():
+        return given.rebuild(_ops.gather(given.tensors, positions, dtype))
 
 
 def scatter_(targets: Tensors, indices: Tensors, values: Tensors) -> None:
@@ -416,7 +364,9 @@ def scatter_(targets: Tensors, indices: Tensors, values: Tensors) -> None:
     given = Arrangement("scatter_", "targets", targets, is_written=True)
     if not len(given):
         return
-    _ops.scatter_(given.tensors, given.match("indices", indices), given.match("values", values))
+    positions, numbers = given.match("indices", indices), given.match("values", values)
+    with given.naming_errors():
+        _ops.scatter_(given.tensors, positions, numbers)
 
 
 def total(tensors: Tensors) -> float:
@@ -439,4 +389,7 @@ def total(tensors: Tensors) -> float:
     5.0
     """
     given = Arrangement("total", "tensors", tensors)
-    return float(_ops.total(given.tensors)) if len(given) else 0.0
+    if not len(given):
+        return 0.0
+    with given.naming_errors():
+        return float(_ops.total(given.tensors))

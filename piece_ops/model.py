@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piece_ops.importance.candidates import DTYPES
 from piece_ops._inject import Target, inject, is_injected, owners_of, restore
 from piece_ops.functional import gather, scatter_
+from piece_ops.importance.candidates import DTYPES
 from piece_ops.selection import Selection
 
 

@@ -326,6 +326,7 @@ SelectTopkResult select_topk(const Context& context, const SelectTopkArgs& args)
     none.threshold = std::numeric_limits<double>::infinity();
     return none;
   }
+  const IeeeEnvironment environment;  // for what this thread does between the parallel loops
   // All float64, or none (checked by the caller).
   const bool is_double = args.first[0].dtype == DType::kFloat64;
   return is_double ? Selector<double>(context, args).run() : Selector<float>(context, args).run();

@@ -21,5 +21,6 @@ def sizes(tensors: Iterable[Tensor]) -> list[int]:
 
 def dtypes(tensors: Sequence[Tensor]) -> list[int]:
     """One code for all where they agree: a list of 10,000 costs its conversion."""
-    codes = [_schema.DTYPE_CODES[dtype] for dtype in map(_schema._dtype, tensors)]
-    return codes[:1] if len(set(codes)) == 1 else codes
+    each = list(map(_schema.dtype_of, tensors))
+    distinct = each[:1] if len(set(each)) == 1 else each
+    return [_schema.DTYPE_CODES[dtype] for dtype in distinct]

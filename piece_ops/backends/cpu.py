@@ -29,11 +29,9 @@ def accumulate_squares_(
         torch.get_num_threads(),
     )
     if tensor >= 0:
-        raise _schema.TensorValueError(
-            "piece_ops.accumulate_squares_: gradients must be finite, got "
-            f"{count} NaN or infinite of {grads[tensor].numel()} in {{name}}; nothing was added",
-            "grads",
-            tensor,
+        raise ValueError(
+            f"piece_ops.accumulate_squares_: grads[{tensor}] must be finite, got {count} NaN or "
+            f"infinite of {grads[tensor].numel()}; nothing was added"
         )
     _schema.bump_versions(square_sums, sums)
 
@@ -59,7 +57,7 @@ def select_topk(
         parts = slice(t, t + 1) if by_tensor else slice(None)
         candidates = sum(numels[parts]) - sum(excluded[parts])
         if not 0 <= own_k <= candidates:
-            where = f" of tensor {t}" if by_tensor else ""
+            where = f" in scores[{t}]" if by_tensor else ""
             left_out = f", {sum(excluded[parts])} excluded" if exclude else ""
             raise ValueError(
                 f"piece_ops.select_topk: k must be in 0..{candidates} (the number of scores"
@@ -87,11 +85,9 @@ def select_topk(
         counts.data_ptr(),
     )
     if nan_tensor >= 0:
-        raise _schema.TensorValueError(
-            f"piece_ops.select_topk: scores must not be NaN, got {nan_count} of "
-            f"{numels[nan_tensor]} in {{name}}; nan='lowest' ranks them below everything",
-            "scores",
-            nan_tensor,
+        raise ValueError(
+            f"piece_ops.select_topk: scores[{nan_tensor}] must not be NaN, got {nan_count} NaN of "
+            f"{numels[nan_tensor]}; nan='lowest' ranks them below everything"
         )
     return (
         indices,

@@ -155,12 +155,9 @@ def _accumulate(
         if not capturing:
             tensor, count = report.tolist()
             if tensor < len(grads):
-                raise _schema.TensorValueError(
-                    "piece_ops.accumulate_squares_: gradients must be finite, got "
-                    f"{count} NaN or infinite of {grads[tensor].numel()} in {{name}}; nothing was "
-                    "added",
-                    "grads",
-                    tensor,
+                raise ValueError(
+                    f"piece_ops.accumulate_squares_: grads[{tensor}] must be finite, got {count} "
+                    f"NaN or infinite of {grads[tensor].numel()}; nothing was added"
                 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from piece_ops.functional import select_topk
 from piece_ops.importance.candidates import find_candidates
 from piece_ops.importance.passes import LossFunction, is_batch
 from piece_ops.importance.scores import NEEDS, scores_of
@@ -20,7 +21,6 @@ from piece_ops.importance.self_texts import self_texts
 from piece_ops.importance.sources import show_progress, sources_of
 from piece_ops.importance.statistics import WHERE, Statistics
 from piece_ops.importance.statistics_file import StatisticsFile, write_statistics
-from piece_ops.functional import select_topk
 from piece_ops.selection import Selection, check_positions
 
 METHODS = tuple(NEEDS)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ops.functional import accumulate_squares_
 from piece_ops.importance.candidates import Candidates
 from piece_ops.importance.passes import GradientStream, LossFunction, finite_loss, split_rows
 from piece_ops.importance.scores import NEEDS
-from piece_ops.functional import accumulate_squares_
 
 WHERE = "piece_ops.Importance"
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from piece_ops.importance.candidates import Candidates
 from piece_ops._files import read_tensors, write_tensors
+from piece_ops.importance.candidates import Candidates
 from piece_ops.importance.scores import NEEDS
 from piece_ops.importance.statistics import Statistics
 

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench [OP ...] [--quick] [--out FILE.jsonl]``; see ``harness``."""

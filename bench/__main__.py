@@ -1,0 +1,180 @@
+"""``python -m bench``: run the benchmarks, print each case with its targets, write JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.machine import GLIBC_TUNABLES
+
+OPS = {
+    "select_topk": "bench_select_topk",
+    "accumulate_squares_": "bench_accumulate_squares",
+    "sparse_adamw_": "bench_sparse_adamw",
+    "gather": "bench_gather",
+    "scatter_": "bench_scatter",
+    "total": "bench_total",
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (all)")
+    parser.add_argument("--quick", action="store_true", help="small inputs, only to see it run")
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--out", type=Path, help="JSON lines are written here")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--plain-malloc", action="store_true", help="keep the allocator's settings as they are"
+    )
+    args = parser.parse_args(argv)
+    known = {name.rstrip("_"): name for name in OPS}
+    for op in args.ops:
+        if op.rstrip("_") not in known:
+            parser.error(f"OP must be one of {', '.join(OPS)}, got {op}")
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    args.ops = [known[op.rstrip("_")] for op in args.ops] or list(OPS)
+    return args
+
+
+def size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a case: one per peer, one per target."""
+    from bench import harness
+
+    bandwidth = harness.best_bandwidth(rows)
+    best = harness.fastest(rows, "peer")
+    head = {"op": case.op, "case": name, "dtype": case.dtype, "n": case.n}
+    for row in rows:
+        line: dict[str, Any] = {"kind": "row", **head, "peer": row.peer, "role": row.role}
+        line.update(status=row.status, note=row.note)
+        if row.times_ms:
+            line.update(
+                repeats=len(row.times_ms),
+                p20_ms=round(row.percentile_ms(0.2), 4),
+                p50_ms=round(row.p50_ms, 4),
+                p80_ms=round(row.percentile_ms(0.8), 4),
+                bytes=row.n_bytes,
+                gb_per_s=round(row.gb_per_s, 3),
+                percent_of_bandwidth=round(100 * row.gb_per_s / bandwidth, 1)
+                if bandwidth
+                else None,
+                best_peer_over_this=round(best.p50_ms / row.p50_ms, 3) if best else None,
+            )
+        line["extra_bytes"] = row.extra_bytes
+        yield line
+    by_name = {row.peer: row for row in rows}
+    for target in case.targets:
+        got = target.measure(by_name)
+        verdict = "not measured"
+        if got is not None:
+            is_met = got <= target.limit if target.at_most else got >= target.limit
+            verdict = "met" if is_met else "short"
+        yield {
+            "kind": "target",
+            **head,
+            "target": target.text,
+            "limit": target.limit,
+            "at_most": target.at_most,
+            "unit": target.unit,
+            "measured": None if got is None else round(got, 3),
+            "verdict": verdict,
+        }
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    first = lines[0]
+    print(f"\n{first['op']}: {first['case']} ({first['dtype']})")
+    print(
+        f"  {'':<38}{'ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>7} {'% bw':>6} {'peer/x':>8}  extra"
+    )
+    for line in lines:
+        if line["kind"] == "row" and "p50_ms" in line:
+            ratio = line["best_peer_over_this"]
+            extra = line["extra_bytes"]
+            print(
+                f"  {line['peer']:<38}{line['p50_ms']:>10.2f} {line['p20_ms']:>9.2f} "
+                f"{line['p80_ms']:>9.2f} {line['gb_per_s']:>7.2f} "
+                f"{line['percent_of_bandwidth'] or 0:>6.1f} "
+                f"{'' if ratio is None else f'{ratio:.2f}':>8}  "
+                f"{'?' if extra is None else size(extra)}  ({line['repeats']} calls)"
+            )
+        elif line["kind"] == "row":
+            print(f"  {line['peer']:<38}{line['status']}")
+    for line in lines:
+        if line["kind"] == "target":
+            sign = "<=" if line["at_most"] else ">="
+            print(
+                f"  -> {line['target']}: {line['measured']} {line['unit']} "
+                f"(target {sign} {line['limit']:g}): {line['verdict']}"
+            )
+    sys.stdout.flush()
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from bench import harness, machine
+
+    torch.set_num_threads(args.threads)
+    common = machine.describe()
+    print(" | ".join(f"{key} {value}" for key, value in common.items()))
+    started, out, failed = time.monotonic(), [], False
+    for op in args.ops:
+        for name, build in importlib.import_module(f"bench.{OPS[op]}").cases(args.quick):
+            if args.only not in name:
+                continue
+            case = build()
+            lines = list(records(name, case, harness.run_case(case, args.quick)))
+            del case
+            show(lines)
+            out += [{**line, "quick": args.quick, **common} for line in lines]
+            failed |= any(
+                line["kind"] == "row" and line["role"] == "ours" and line["status"] != "ok"
+                for line in lines
+            )
+            if args.out:
+                write(args.out, out)
+    print(f"\n{time.monotonic() - started:.0f} s")
+    if args.out:
+        print(f"written: {args.out}")
+    return 1 if failed else 0
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """All lines so far, to a temporary file first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if not args.plain_malloc and os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
+        # glibc reads its tunables at process start only.
+        environment = {**os.environ, "GLIBC_TUNABLES": GLIBC_TUNABLES}
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], environment)
+    sys.exit(run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""What may differ from the reference, one row per op, each with the reason for its size.
+
+What is not here is compared bit for bit: selections, gather, scatter_, and every elementwise result
+against the float32 reference. The rows bound the distance to exact (float64) arithmetic.
+"""
+
+from __future__ import annotations
+
+EPS32 = 2.0**-24  # unit roundoff of float32: one correctly rounded operation errs by at most this
+EPS64 = 2.0**-53
+
+# accumulate_squares_, one call, relative to |accumulator| + weight * g^2 (a sum of positive terms):
+# g*g, times weight, weight itself rounded to float32, and the addition: four roundings.
+ACCUMULATE_SQUARES = 4 * EPS32
+# The signed sums, relative to |accumulator| + |weight * g|: the product, the weight, the addition.
+ACCUMULATE_SUMS = 3 * EPS32
+
+# sparse_adamw_ over 100 steps against float64, relative to 1 + |p|, with lr <= 1e-2:
+# per step the decay and the subtraction round p (2 eps |p|) and the update carries about 10
+# roundings of a term of size lr; 100 steps of 2 eps, doubled for the moments' own drift.
+ADAMW_100_STEPS = 100 * 4 * EPS32
+
+# sparse_adamw_ against torch.optim.AdamW (single tensor, float32) over 100 steps: the same formula,
+# another order of operations (lerp, addcmul and addcdiv contract or reassociate), so each side may
+# be ADAMW_100_STEPS away from exact.
+ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
+
+# total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
+# additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
+TOTAL = 2**12 * EPS64
