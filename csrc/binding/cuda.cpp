@@ -204,6 +204,7 @@ void bind_cuda(py::module_& m) {
   bind_accumulate_squares(m);
   bind_slots(m);
   bind_total(m);
+  bind_cuda_select_topk(m);
 }
 
 }  // namespace piece_ops::binding

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
   constexpr int kWarps = kHistogramThreads / kWarp;
   static_assert(kWarps % kTileWarps<T> == 0, "all parts of a tile are counted by one block");
   __shared__ uint32_t bins[kMaxBins];
-  if (search->done) return;  // all threads alike: no barrier is missed
+  if (search->done || table.is_broken()) return;  // all threads alike: no barrier is missed
   const Digit<K> digit(*search, bits);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
           table.tile_begin(tile, tensor) + part % kTileWarps<T> * kPartSlots<T>;
       with_width<kInput>(row, [&](auto width) {
         T x[kPerLane<T>];
-        const uint32_t valid = load_part<kInput, width()>(row, formula, begin, lane, x);
+        const uint32_t valid = load_part<kInput, decltype(width)::value>(row, formula, begin, lane, x);
 #pragma unroll
         for (int j = 0; j < kPerLane<T>; ++j) {
           const K key = to_key(x[j]);

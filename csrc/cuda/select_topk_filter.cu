@@ -17,7 +17,7 @@
 //            then calls for another round.
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a tile of
 //            map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
-//            Bound: HBM. In flight: 128 bytes a thread, 8 blocks of 128 a multiprocessor: 128 KiB; the
+//            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB; the
 //            bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5 ms.
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
@@ -28,13 +28,9 @@ namespace piece_ops::cuda {
 
 namespace {
 
-template <class T>
-constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 8 : 4;
-
+// Blocks a multiprocessor that must fit: few enough registers that nothing spills.
 template <TopkInput kInput>
-constexpr int kMinBlocks = kInput == TopkInput::kTwo      ? 4
-                           : kInput == TopkInput::kDouble ? 3
-                                                          : 7;
+constexpr int kMinBlocks = kInput == TopkInput::kTwo ? 4 : kInput == TopkInput::kDouble ? 3 : 5;
 
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInput>)
@@ -48,6 +44,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
   __shared__ unsigned long long warp_start[kWarps];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
+  if (table.is_broken()) return;  // all threads alike
   const K bound_key = search->bound();
   const T bound = from_key<T>(bound_key);  // NaN if no score has this key: then every vote says yes
 
@@ -61,7 +58,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
     const Excluded excluded = excluded_of(table, row, tile, tensor);
 
     with_width<kInput>(row, [&](auto width) {
-      constexpr int V = width();
+      constexpr int V = decltype(width)::value;
       constexpr uint32_t kGroup = (1u << V) - 1;
       T x[kCount];
       const uint32_t valid = load_part<kInput, V>(row, formula, part_begin, lane, x);
@@ -84,12 +81,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
         }
       }
       if (excluded.any()) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          if ((above >> j & 1u) && excluded.has(part_begin + part_slot<V>(j, lane))) {
-            above &= ~(1u << j);
-          }
-        }
+        above &= ~excluded_bits<V>(excluded, above, part_begin, lane);
         for (int64_t e = excluded.begin + threadIdx.x; e < excluded.end; e += blockDim.x) {
           ties -= to_key(score_at<kInput>(row, formula, excluded.list[e])) == bound_key;
         }
@@ -168,9 +160,10 @@ __global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound,
   const bool enough = kept + state.ties >= static_cast<unsigned long long>(found.k);
   const bool fits = !found.store || kept <= static_cast<unsigned long long>(found.room);
   const bool has_nan = found.nans != nullptr && state.first_nan != 0;
-  state.status = has_nan         ? TopkReport::kNan
-                 : enough && fits ? TopkReport::kFound
-                                  : TopkReport::kMissed;
+  state.status = table.is_broken() ? TopkReport::kBroken
+                 : has_nan         ? TopkReport::kNan
+                 : enough && fits  ? TopkReport::kFound
+                                   : TopkReport::kMissed;
   TopkSearch<K> search{0, 0, 0, found.k, 0, 0};
   if (state.status != TopkReport::kFound) {
     search.done = 1;
@@ -189,16 +182,19 @@ template <class K>
 void launch_filter(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
                    const TopkFound<K>& found) {
   using T = std::conditional_t<sizeof(K) == 8, double, float>;
-  const int64_t most = int64_t{to.multiprocessors} * kBlocksPerMultiprocessor<T>;
-  const int64_t grid = table.tiles < most ? table.tiles : most;
-  if constexpr (sizeof(K) == 8) {
-    launch(filter_kernel<TopkInput::kDouble, K>, grid, kTileThreads<T>, 0, to.stream, table,
+  const auto start = [&](auto kernel, int min_blocks) {
+    const int64_t most = int64_t{to.multiprocessors} * min_blocks;
+    launch(kernel, table.tiles < most ? table.tiles : most, kTileThreads<T>, 0, to.stream, table,
            to.formula, bound, found);
+  };
+  if constexpr (sizeof(K) == 8) {
+    start(filter_kernel<TopkInput::kDouble, K>, kMinBlocks<TopkInput::kDouble>);
+  } else if (to.input == TopkInput::kOne) {
+    start(filter_kernel<TopkInput::kOne, K>, kMinBlocks<TopkInput::kOne>);
+  } else if (to.input == TopkInput::kTwo) {
+    start(filter_kernel<TopkInput::kTwo, K>, kMinBlocks<TopkInput::kTwo>);
   } else {
-    const auto kernel = to.input == TopkInput::kOne   ? filter_kernel<TopkInput::kOne, K>
-                        : to.input == TopkInput::kTwo ? filter_kernel<TopkInput::kTwo, K>
-                                                      : filter_kernel<TopkInput::kHash, K>;
-    launch(kernel, grid, kTileThreads<T>, 0, to.stream, table, to.formula, bound, found);
+    start(filter_kernel<TopkInput::kHash, K>, kMinBlocks<TopkInput::kHash>);
   }
 }
 

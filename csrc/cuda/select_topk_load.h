@@ -45,10 +45,20 @@ PIECE_OPS_DEVICE float widen_fp16(uint32_t bits) {
 
 // Aligned loads of data that is read once.
 #if defined(PIECE_OPS_CUDA_EMULATION)
-typedef uint4 __attribute__((may_alias)) AnyUint4;
-typedef uint2 __attribute__((may_alias)) AnyUint2;
-PIECE_OPS_DEVICE uint4 load_16(const void* p) { return *static_cast<const AnyUint4*>(p); }
-PIECE_OPS_DEVICE uint2 load_8(const void* p) { return *static_cast<const AnyUint2*>(p); }
+struct __attribute__((may_alias, aligned(16))) Bytes16 {
+  uint32_t x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(8))) Bytes8 {
+  uint32_t x, y;
+};
+PIECE_OPS_DEVICE uint4 load_16(const void* p) {
+  const Bytes16 b = *static_cast<const Bytes16*>(p);
+  return make_uint4(b.x, b.y, b.z, b.w);
+}
+PIECE_OPS_DEVICE uint2 load_8(const void* p) {
+  const Bytes8 b = *static_cast<const Bytes8*>(p);
+  return make_uint2(b.x, b.y);
+}
 #else
 PIECE_OPS_DEVICE uint4 load_16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 PIECE_OPS_DEVICE uint2 load_8(const void* p) { return __ldcs(static_cast<const uint2*>(p)); }
@@ -289,6 +299,18 @@ PIECE_OPS_DEVICE void with_width(const TopkRow& row, Body body) {
   } else {
     body(std::integral_constant<int, 4>{});
   }
+}
+
+// Which of these scores of this lane (bit j: the one in slot part_slot<V>(j, lane)) are excluded.
+template <int V>
+PIECE_OPS_DEVICE uint32_t excluded_bits(const Excluded& excluded, uint32_t bits, int64_t part_begin,
+                                        int lane) {
+  uint32_t found = 0;
+  for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {
+    const int j = __ffs(static_cast<int>(rest)) - 1;
+    if (excluded.has(part_begin + part_slot<V>(j, lane))) found |= 1u << j;
+  }
+  return found;
 }
 
 PIECE_OPS_DEVICE unsigned lanes_below(int lane) { return (1u << lane) - 1; }

@@ -24,6 +24,7 @@ constexpr int kTileSlots = 4096;
 constexpr int kSparseSlots = 32768;
 constexpr int kChunk = 32;  // elements under one maximum
 constexpr int kMaxBins = 4096;
+constexpr int64_t kNothingWrong = 0x7f7f7f7f7f7f7f7f;  // the report of check_indices
 constexpr int kGroupTiles = 256;  // tiles whose shares one block counts and copies out
 
 // One tensor, in device memory.
@@ -38,8 +39,8 @@ struct TopkRow {
   int64_t position;     // kRandom: the position of its first element in the caller's order
   int64_t dense_tile;   // its first tile, dense
   int64_t sparse_tile;  // and sparse
-  int64_t k;            // select_small: how many, and where in the output
-  int64_t out;
+  int64_t k;            // a selection of its own (select_topk_small.cu): how many, or -1: not there
+  int64_t out;          // and where its positions go
   int32_t first_dtype;
   int32_t second_dtype;
   int32_t pad;
@@ -54,8 +55,11 @@ struct TopkTable {
   int64_t tiles;
   int64_t* exclude_starts;  // [tiles]: the first excluded entry at or after the tile's begin; or null
   int32_t* tile_tensors;    // [tiles]
+  const int64_t* check;     // what check_indices said of the excluded positions; null: there are none
   int32_t slots;            // of a tile: kTileSlots or kSparseSlots
 
+  // Excluded positions that are out of range or out of order: nothing may be looked up by them.
+  PIECE_OPS_HD bool is_broken() const { return check != nullptr && *check != kNothingWrong; }
   PIECE_OPS_HD int64_t first_tile(int64_t tensor) const {
     if (tensor == count) return tiles;
     return slots == kTileSlots ? rows[tensor].dense_tile : rows[tensor].sparse_tile;
@@ -118,8 +122,8 @@ struct TopkFound {
 };
 
 // The k-th largest is exact digit after digit; 32-bit and 64-bit keys.
-constexpr int digit_count(size_t key_bytes) { return key_bytes == 4 ? 3 : 6; }
-constexpr int digit_bits(size_t key_bytes, int digit) {
+PIECE_OPS_HD constexpr int digit_count(size_t key_bytes) { return key_bytes == 4 ? 3 : 6; }
+PIECE_OPS_HD constexpr int digit_bits(size_t key_bytes, int digit) {
   return digit == 0 || (key_bytes == 8 && digit == 1) ? 12 : 10;
 }
 
@@ -174,7 +178,7 @@ void launch_emit(const TopkLaunch& to, const TopkTable& table, const TopkSearch<
                  int64_t* counts, TopkReport* report);
 
 // select_topk_small.cu
-void launch_small(const TopkLaunch& to, const TopkRow* rows, const int64_t* which, int64_t count,
+void launch_small(const TopkLaunch& to, const TopkRow* rows, int64_t count, const int64_t* check,
                   bool nan_is_lowest, int64_t* indices, int64_t* counts, TopkReport* reports);
 
 }  // namespace piece_ops::cuda
