@@ -386,7 +386,7 @@ Table make_table_by_tensor(const SelectTopkArgs& args, const int64_t* ks) {
   for (int64_t t = 0; t < args.count; ++t) {
     TopkRow row = make_row(args, nullptr, t);
     row.position = position;
-    row.k = row.n <= kSmallTopk ? ks[t] : -1;
+    row.k = row.n <= kSmallTopk || ks[t] == 0 ? ks[t] : -1;
     row.out = out;
     append(row, &table);
     position += row.n;

@@ -51,18 +51,8 @@ def select_topk(
     _schema.check_select_topk(first, second, k, exclude, score, constant, seed, nan, algorithm)
     by_tensor = len(k) > 1
     numels = sizes(first)
-    # Checked before the output is allocated: k may be a slip of many gigabytes.
     excluded = sizes(exclude)
-    for t, own_k in enumerate(k):
-        parts = slice(t, t + 1) if by_tensor else slice(None)
-        candidates = sum(numels[parts]) - sum(excluded[parts])
-        if not 0 <= own_k <= candidates:
-            where = f" in scores[{t}]" if by_tensor else ""
-            left_out = f", {sum(excluded[parts])} excluded" if exclude else ""
-            raise ValueError(
-                f"piece_ops.select_topk: k must be in 0..{candidates} (the number of scores"
-                f"{where}{left_out}), got {own_k}"
-            )
+    _schema.check_k(k, numels, excluded)
     indices = torch.empty(sum(k), dtype=torch.int64)
     counts = torch.empty(len(first), dtype=torch.int64)
     thresholds, ties_kept, nan_tensor, nan_count, _passes = extension().select_topk(

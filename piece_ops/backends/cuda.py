@@ -12,7 +12,7 @@ a graph on that device raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,15 +167,6 @@ def _make_accumulate_table(place: Place) -> Any:
         return place.module.cuda_accumulate_squares_table(*before, score[0], second, second_dtypes)
 
     return make
-
-
-# select_topk: registered by its own module; until then it says that it is missing.
-@register("select_topk", "CUDA")
-def select_topk(*args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "piece_ops.select_topk: the tensors are on a CUDA device, for which this version has no "
-        "kernel; move them with .cpu()"
-    )
 
 
 class SparseAdamwPlan:
