@@ -4,7 +4,7 @@
 # ThreadSanitizer about the fibers.
 set_source_files_properties(${piece_ops_cuda_sources} PROPERTIES LANGUAGE CXX)
 file(GLOB piece_ops_cuda_bindings CONFIGURE_DEPENDS csrc/binding/cuda*.cpp)
-pybind11_add_module(_emulation MODULE NO_EXTRAS
+piece_ops_add_module(_emulation
   ${piece_ops_cuda_sources} ${piece_ops_cuda_bindings} csrc/binding/emulation.cpp
   csrc/binding/errors.cpp)
 add_library(piece_ops_simt OBJECT csrc/test/simt/simt.cpp)
