@@ -30,6 +30,12 @@ constexpr int kListThreads = 512;
 constexpr int kHistogramThreads = 512;
 constexpr int kPickThreads = 1024;
 static_assert(kMaxBins == 4 * kPickThreads, "four bins a thread");
+// Counts of one block before its 32-bit counters are merged; in tests few, so that it happens.
+#if defined(PIECE_OPS_CUDA_EMULATION)
+constexpr int64_t kMergeAfter = int64_t{1} << 15;
+#else
+constexpr int64_t kMergeAfter = int64_t{1} << 31;
+#endif
 
 template <class K>
 __global__ void __launch_bounds__(256)
@@ -157,7 +163,7 @@ __global__ void __launch_bounds__(kListThreads)
 // A warp takes parts of tiles on its own; only the bins are shared.
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kHistogramThreads)
-    score_digit_kernel(TopkTable table, TopkFormula formula, int bits, int64_t merge_after,
+    score_digit_kernel(TopkTable table, TopkFormula formula, int bits,
                        const TopkSearch<K>* search, unsigned long long* histogram) {
   using T = ScoreOf<kInput>;
   constexpr int kWarps = kHistogramThreads / kWarp;
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
       }
     }
     counted += kWarps * kPartSlots<T>;
-    if (counted >= merge_after) {
+    if (counted >= kMergeAfter) {
       counted = 0;
       __syncthreads();  // all counts of this round are in
       merge_bins(bins, 1 << bits, histogram);
@@ -301,20 +307,19 @@ template <class K>
 void launch_search_scores(const TopkLaunch& to, const TopkTable& table, TopkSearch<K>* search,
                           unsigned long long* histogram, int64_t enough) {
   using T = std::conditional_t<sizeof(K) == 8, double, float>;
-  constexpr int64_t kMergeAfter = int64_t{1} << 31;
   const int64_t grid = blocks_for(table.tiles * kTileWarps<T>, kHistogramThreads / kWarp,
                                   int64_t{to.multiprocessors} * 2);
   for (int digit = 0; digit < digit_count(sizeof(K)); ++digit) {
     const int bits = digit_bits(sizeof(K), digit);
     if constexpr (sizeof(K) == 8) {
       launch(score_digit_kernel<TopkInput::kDouble, K>, grid, kHistogramThreads, 0, to.stream,
-             table, to.formula, bits, kMergeAfter, search, histogram);
+             table, to.formula, bits, search, histogram);
     } else {
       const auto kernel = to.input == TopkInput::kOne   ? score_digit_kernel<TopkInput::kOne, K>
                           : to.input == TopkInput::kTwo ? score_digit_kernel<TopkInput::kTwo, K>
                                                         : score_digit_kernel<TopkInput::kHash, K>;
-      launch(kernel, grid, kHistogramThreads, 0, to.stream, table, to.formula, bits, kMergeAfter,
-             search, histogram);
+      launch(kernel, grid, kHistogramThreads, 0, to.stream, table, to.formula, bits, search,
+             histogram);
     }
     launch(pick_kernel<K>, 1, kPickThreads, 0, to.stream, search, bits, enough, histogram);
   }
