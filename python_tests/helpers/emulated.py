@@ -4,8 +4,8 @@
 extension are replaced. As a pytest plugin (``-p helpers.emulated``) this module routes CPU tensors
 to it, so that every contract test of an op checks the emulated kernels instead.
 
-PIECE_OPS_EMULATION names the extension to load, PIECE_OPS_SIMT_SEED the order of blocks and threads,
-PIECE_OPS_SIMT_SKIP=<file>:<line> a barrier to leave out.
+PIECE_OPS_EMULATION names the extension to load, PIECE_OPS_SIMT_SEED the order of blocks and
+threads.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from piece_ops import _schema
 from piece_ops.backends import _cuda_runtime, cuda
 
@@ -31,35 +32,45 @@ SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 
 def build(kind: str) -> Path:
     """Compile csrc/cuda with the C++ compiler (only what changed since the last time)."""
-    import pybind11
-
-    folder = ROOT / "build" / f"emulation-{kind}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist: one worker builds
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
-        configure += ["-DPIECE_OPS_EMULATION=ON", "-DCMAKE_BUILD_TYPE=None"]
-        configure += [f"-DPIECE_OPS_SANITIZE={SANITIZERS[kind]}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-        jobs = os.environ.get("PIECE_OPS_JOBS", str(os.cpu_count() or 1))
-        for command in (configure, ["cmake", "--build", str(folder), "--parallel", jobs]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    folder = configure_and_build(
+        f"emulation-{kind}",
+        "-DPIECE_OPS_EMULATION=ON",
+        "-DCMAKE_BUILD_TYPE=None",
+        f"-DPIECE_OPS_SANITIZE={SANITIZERS[kind]}",
+    )
     return next(folder.glob("_emulation*.so"))
 
 
+def configure_and_build(
+    name: str, *settings: str, target: str = "all", compiler: str | None = None
+) -> Path:
+    """Run CMake in build/<name> and build a target; the folder. PIECE_OPS_JOBS limits the jobs."""
+    import pybind11
+
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = os.environ.get("PIECE_OPS_JOBS", str(os.cpu_count() or 1))
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *settings]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    if compiler:
+        configure += [f"-DCMAKE_CUDA_COMPILER={compiler}"]
+    make = ["cmake", "--build", str(folder), "--target", target, "--parallel", jobs]
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist: one worker builds
+        for command in (configure, make):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return folder
+
+
 def load(path: Path) -> ModuleType:
-    """Import the extension; seed, device and skipped barrier come from the environment."""
+    """Import the extension; the seed comes from the environment."""
     spec = importlib.util.spec_from_file_location("_emulation", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.set_seed(int(os.environ.get("PIECE_OPS_SIMT_SEED", "0")))
-    skip = os.environ.get("PIECE_OPS_SIMT_SKIP", "")
-    if skip:
-        file, line = skip.rsplit(":", 1)
-        module.skip_barrier(file, int(line))
     return module
 
 
@@ -98,7 +109,7 @@ def cuda_implementations() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def emulation(extension: ModuleType) -> Iterator[EmulatedRuntime]:
-    """Inside: the functions of backends.cuda work on CPU tensors, by way of the emulated kernels."""
+    """Inside: the functions of backends.cuda work on CPU tensors, through the emulated kernels."""
     runtime = EmulatedRuntime(extension)
     before = _cuda_runtime.use(runtime)
     try:

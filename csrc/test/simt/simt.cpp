@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -186,10 +187,11 @@ struct Machine {
   std::string error;
 
   void* shared = nullptr;
-  bool running = false;
 };
 
 Machine machine;
+std::mutex launching;
+thread_local bool inside = false;
 
 void activate(Thread* thread) {
   machine.current = thread;
@@ -512,7 +514,8 @@ void conclude(Warp& warp, Meeting& meeting, Thread* lanes) {
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* state) {
   Machine& m = machine;
-  if (m.running) throw Error("simt: a kernel was launched while another one runs");
+  if (inside) throw Error("simt: a kernel launches another one");
+  const std::lock_guard<std::mutex> one_launch(launching);  // callers may be several OS threads
   const int64_t n = int64_t{block.x} * block.y * block.z;
   if (n < 1 || n > int64_t{kMaxThreads}) throw Error("simt: a block must have 1..1024 threads");
   if (shared_bytes > (size_t{227} << 10)) throw Error("simt: more than 227 KiB of shared memory");
@@ -542,7 +545,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* state
   }
 #endif
   m.shared = shared;
-  m.running = true;
+  inside = true;
   m.main_bottom = nullptr;  // learnt by the first fiber: the caller may be another OS thread now
   const unsigned saved_mxcsr = __builtin_ia32_stmxcsr();
   __builtin_ia32_ldmxcsr(0x1f80);  // subnormals kept, rounding to nearest: the GPU's only mode
@@ -555,7 +558,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* state
 #endif
       std::free(machine.shared);
       machine.shared = nullptr;
-      machine.running = false;
+      inside = false;
     }
   } restore{saved_mxcsr};
 
