@@ -32,7 +32,7 @@ constexpr int kPickThreads = 1024;
 static_assert(kMaxBins == 4 * kPickThreads, "four bins a thread");
 // Counts of one block before its 32-bit counters are merged; in tests few, so that it happens.
 #if defined(PIECE_OPS_CUDA_EMULATION)
-constexpr int64_t kMergeAfter = int64_t{1} << 15;
+constexpr int64_t kMergeAfter = int64_t{1} << 14;
 #else
 constexpr int64_t kMergeAfter = int64_t{1} << 31;
 #endif
@@ -209,9 +209,8 @@ __global__ void __launch_bounds__(kHistogramThreads)
       counted = 0;
       __syncthreads();  // all counts of this round are in
       merge_bins(bins, 1 << bits, histogram);
-      __syncthreads();  // they are merged
-      clear_bins(bins, 1 << bits);
-      __syncthreads();  // the bins are zero
+      clear_bins(bins, 1 << bits);  // by the thread that merged them
+      __syncthreads();              // the bins are zero
     }
   }
   __syncthreads();  // all counts are in

@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class K>
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t groups, TopkFound<K> found) {
   constexpr int kWarps = kScanThreads / kWarp;
-  __shared__ unsigned long long above_sums[kWarps];
-  __shared__ unsigned long long tie_sums[kWarps];
+  // Two sets in turn, so that one barrier a round is enough.
+  __shared__ unsigned long long above_sums[2][kWarps];
+  __shared__ unsigned long long tie_sums[2][kWarps];
   if (found.state->status != TopkReport::kFound) return;  // all threads alike
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -104,21 +105,21 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t groups, Topk
     const unsigned long long ties = g < groups ? found.group_ties[g] : 0;
     const unsigned long long above_upto = warp_scan(above, lane);
     const unsigned long long ties_upto = warp_scan(ties, lane);
-    __syncthreads();  // the sums of the last round have been read
+    const int set = static_cast<int>(first / kScanThreads % 2);
     if (lane == kWarp - 1) {
-      above_sums[warp] = above_upto;
-      tie_sums[warp] = ties_upto;
+      above_sums[set][warp] = above_upto;
+      tie_sums[set][warp] = ties_upto;
     }
-    __syncthreads();  // the warps' sums are there
+    __syncthreads();  // the warps' sums are there; and those of the round before last have been read
     unsigned long long above_here = above_before + above_upto - above;
     unsigned long long ties_here = ties_before + ties_upto - ties;
     for (int w = 0; w < kWarps; ++w) {
       if (w < warp) {
-        above_here += above_sums[w];
-        ties_here += tie_sums[w];
+        above_here += above_sums[set][w];
+        ties_here += tie_sums[set][w];
       }
-      above_before += above_sums[w];
-      ties_before += tie_sums[w];
+      above_before += above_sums[set][w];
+      ties_before += tie_sums[set][w];
     }
     if (g < groups) {
       found.group_above[g] = static_cast<int64_t>(above_here);
