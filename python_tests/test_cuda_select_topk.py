@@ -34,7 +34,7 @@ from helpers.compare import assert_bits_equal, assert_same_selection
 from torch import Generator, Tensor
 
 from piece_ops import functional
-from piece_ops.backends import cpu, cuda_select_topk
+from piece_ops.backends import cpu, cuda, cuda_select_topk
 from piece_ops.functional import Score, select_topk
 
 ALGORITHMS = ("auto", "filter", "radix")
@@ -285,6 +285,27 @@ def test_maxima_of_a_score(extension: ModuleType, rng: Generator) -> None:
         run(first, 103, score="magnitude", algorithm=algorithm, maxima=maxima)
 
 
+@pytest.mark.parametrize("kind", ["plain", "piece-s", "piece-g", "magnitude", "snip", "taylor"])
+def test_maxima_left_by_the_last_accumulation(
+    extension: ModuleType, kind: str, rng: Generator
+) -> None:
+    sizes = (2 * SPARSE_TILE + 5, 0, 31, 4097)
+    grads = [draw("lognormal4", n, F32, rng) for n in sizes]
+    squares, sums = ([torch.zeros(n) for n in sizes] for _ in range(2))
+    other = [draw("normal", n, BF16, rng).abs() for n in sizes]
+    maxima = [torch.empty((n + 31) // 32) for n in sizes]
+    second = other if kind in ("piece-g", "snip", "taylor") else []
+    for _ in range(2):
+        cuda.accumulate_squares_and_maxima_(
+            squares, grads, sums, 0.5, maxima, kind, second, constant=0.25
+        )
+    first = squares if kind in ("plain", "taylor") else sums
+    given = squares if kind == "piece-s" else second
+    for algorithm in ALGORITHMS:
+        for k in (1, 103, 1000):
+            run(first, k, given, (), kind, 0.25, algorithm=algorithm, maxima=maxima)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nan_under_maxima(extension: ModuleType, algorithm: str, rng: Generator) -> None:
     scores = [draw("normal", n, F32, rng) for n in (SPARSE_TILE + 3, 5000)]
@@ -347,9 +368,7 @@ def test_a_sample_that_sees_all_large_scores_misses(extension: ModuleType, rng: 
     assert run([x], 10_000, algorithm="radix") == ["digits"]
 
 
-def test_a_sample_that_sees_no_large_score_overflows(
-    extension: ModuleType, rng: Generator
-) -> None:
+def test_a_sample_that_sees_no_large_score_overflows(extension: ModuleType, rng: Generator) -> None:
     n = 4 * SMALL
     x = draw("gaussian_squared", n, F32, rng)
     x += 1000

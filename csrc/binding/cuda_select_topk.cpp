@@ -16,10 +16,10 @@ namespace {
 
 class SelectTopkCall {
  public:
-  SelectTopkCall(const Ints& first, const Ints& sizes, const Ints& first_dtypes,
-                 const Ints& second, const Ints& second_dtypes, const Ints& exclude,
-                 const Ints& exclude_sizes, const Ints& maxima, Ints ks, bool by_tensor, int score,
-                 float constant, uint64_t seed, bool nan_is_lowest, int algorithm)
+  SelectTopkCall(const Ints& first, const Ints& sizes, const Ints& first_dtypes, const Ints& second,
+                 const Ints& second_dtypes, const Ints& exclude, const Ints& exclude_sizes,
+                 const Ints& maxima, Ints ks, bool by_tensor, int score, float constant,
+                 uint64_t seed, bool nan_is_lowest, int algorithm)
       : first_(make_views<ConstView>(first, sizes, first_dtypes)),
         second_(second.empty() ? std::vector<ConstView>{}
                                : make_views<ConstView>(second, sizes, second_dtypes)),
@@ -59,7 +59,8 @@ class SelectTopkCall {
     return cuda::make_exclude_table(args_);
   }
 
-  // The scopes that launch() is for; small_launch() does all others at once, but for k = 0 (global).
+  // The scopes that launch() is for; small_launch() does all others at once, but for k = 0
+  // (global).
   Ints large_scopes() const {
     Ints scopes;
     for (size_t s = 0; s < ks_.size(); ++s) {
@@ -83,22 +84,20 @@ class SelectTopkCall {
 
   // check: the address of cuda_check_indices' report on exclude_table(), or 0.
   void launch(int64_t scope, int way, int64_t table, int64_t check, int64_t scratch,
-              int64_t reports, int64_t indices, int64_t counts, int device,
-              uint64_t stream) const {
+              int64_t reports, int64_t indices, int64_t counts, int device, uint64_t stream) const {
     const int64_t row = by_tensor_ ? scope * cuda::topk_row_words() : 0;
     cuda::select_topk(context(device, stream), scope_args(scope, indices, counts), maxima(),
                       checked_way(way), reinterpret_cast<const int64_t*>(table) + row,
                       reinterpret_cast<const int64_t*>(check), reinterpret_cast<void*>(scratch),
                       reinterpret_cast<cuda::TopkReport*>(reports) + scope);
   }
-  void small_launch(int64_t table, int64_t check, int64_t reports, int64_t indices,
-                    int64_t counts, int device, uint64_t stream) const {
+  void small_launch(int64_t table, int64_t check, int64_t reports, int64_t indices, int64_t counts,
+                    int device, uint64_t stream) const {
     PIECE_OPS_CHECK(by_tensor_, "piece_ops._C: small selections are those of single tensors");
     SelectTopkArgs args = args_;
     args.indices = reinterpret_cast<int64_t*>(indices);
     args.counts = reinterpret_cast<int64_t*>(counts);
-    cuda::select_topk_small(context(device, stream), args,
-                            reinterpret_cast<const int64_t*>(table),
+    cuda::select_topk_small(context(device, stream), args, reinterpret_cast<const int64_t*>(table),
                             reinterpret_cast<const int64_t*>(check),
                             reinterpret_cast<cuda::TopkReport*>(reports));
   }

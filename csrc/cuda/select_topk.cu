@@ -1,23 +1,29 @@
-// select_topk.cu - the k largest of all scores in a list of tensors, exactly: the sequence of launches.
+// select_topk.cu - the k largest of all scores in a list of tensors, exactly: the sequence of
+// launches.
 //
 // What       larger score first, equal scores by smaller position in the caller's order; NaN is
-//            reported, or ranks below -inf; -0 equals +0 (docs/contracts.md#select_topk). The same bits
-//            as csrc/cpu/select_topk.cpp.
+//            reported, or ranks below -inf; -0 equals +0 (docs/contracts.md#select_topk). The same
+//            bits as csrc/cpu/select_topk.cpp.
 // Algorithm  1. bound (select_topk_bound.cu): a lower bound of the k-th largest,
 //               kSample  guessed from a sample of one score in 4096: about 1.2 k scores exceed it;
 //               kMaxima  proven by the digits of the maxima of every 32 scores;
-//               kDigits  proven by the digits of all scores (radix select), 12 bits, then 10 and 10, until
+//               kDigits  proven by the digits of all scores (radix select), 12 bits, then 10 and
+//               10, until
 //                        few enough share the prefix or the key is complete.
-//            2. filter (select_topk_filter.cu): one read; keeps (key, slot) above the bound, counts what
-//               equals it, so data with few distinct values costs no more than any other. Where maxima
-//               are known (select_topk_sparse.cu) only the chunks that reach the bound are read.
-//            3. verify: kept + ties >= k, and kept within its room; else the report says "missed" and the
+//            2. filter (select_topk_filter.cu): one read; keeps (key, slot) above the bound, counts
+//            what
+//               equals it, so data with few distinct values costs no more than any other. Where
+//               maxima are known (select_topk_sparse.cu) only the chunks that reach the bound are
+//               read.
+//            3. verify: kept + ties >= k, and kept within its room; else the report says "missed"
+//            and the
 //               caller tries the next way. kDigits cannot miss.
-//            4. finish: the exact k-th largest of the kept, by digits, in L2; then positions, tile by
+//            4. finish: the exact k-th largest of the kept, by digits, in L2; then positions, tile
+//            by
 //               tile, in order (select_topk_emit.cu).
-//            A dense selection (k > n / 4) keeps nothing: all digits, one read that counts, one that
-//            writes. Everything is launched at once; a step that is not needed returns at once. The host
-//            synchronises when it reads the report, once for each way tried.
+//            A dense selection (k > n / 4) keeps nothing: all digits, one read that counts, one
+//            that writes. Everything is launched at once; a step that is not needed returns at
+//            once. The host synchronises when it reads the report, once for each way tried.
 // Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read:
 //               kSample           4.10   reads 1.02     1e9 1.01 ms    8e9 7.8 ms
 //               kSample, maxima   0.30   reads 0.08     1e9 0.13 ms    8e9 0.8 ms
@@ -25,12 +31,14 @@
 //               kDigits           8.1    reads 2 to 4   1e9 2.0 ms     8e9 15.5 ms
 //               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
 //            Bound: HBM; some 20 launches, about 0.05 ms in all, rule below 5e7 scores.
-// Scratch    6 (float64: 10) bytes for each of room = min(n, 2 k + n / 128 + 4096) kept scores, 32 to 40
+// Scratch    6 (float64: 10) bytes for each of room = min(n, 2 k + n / 128 + 4096) kept scores, 32
+// to 40
 //            a tile of 4096 (maxima: 32768), 4 (8) a sampled score, 33 KB: 0.07 bytes a score at
 //            k = 0.1 %. Caller-owned.
 // Determinism  integer counts; order by tiles. Blocks never wait for one another.
 // Limits     2^63 - 1 elements; 2^31 - 1 tensors; tensors in any alignment; sm_80 and later.
-// Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17, 2012;
+// Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17,
+// 2012;
 //            maxima: Dr. Top-k, SC'21.
 #include <algorithm>
 #include <cmath>
@@ -46,7 +54,8 @@ namespace {
 static_assert(sizeof(TopkRow) % sizeof(int64_t) == 0, "rows are whole words");
 constexpr int64_t kRowWords = sizeof(TopkRow) / sizeof(int64_t);
 
-// ---- the table -----------------------------------------------------------------------------------
+// ---- the table
+// -----------------------------------------------------------------------------------
 
 int64_t pad_of(const void* data, DType dtype) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16) / size_of(dtype);
@@ -62,9 +71,8 @@ TopkRow make_row(const SelectTopkArgs& args, const float* const* maxima, int64_t
   row.first = first.data;
   row.n = first.n;
   row.first_dtype = static_cast<int32_t>(first.dtype);
-  row.pad = args.score == Score::kRandom
-                ? 0
-                : static_cast<int32_t>(pad_of(first.data, first.dtype));
+  row.pad =
+      args.score == Score::kRandom ? 0 : static_cast<int32_t>(pad_of(first.data, first.dtype));
   if (args.second != nullptr) {
     row.second = args.second[t].data;
     row.second_dtype = static_cast<int32_t>(args.second[t].dtype);
@@ -95,7 +103,8 @@ void append(const TopkRow& row, Table* table) {
   table->words.insert(table->words.end(), words, words + kRowWords);
 }
 
-// ---- sizes ---------------------------------------------------------------------------------------
+// ---- sizes
+// ---------------------------------------------------------------------------------------
 
 struct Sizes {
   int64_t n = 0;
@@ -143,11 +152,11 @@ int64_t spare_of(int64_t n) { return n / 128 + 4096; }
 
 bool is_dense(const SelectTopkArgs& args, int64_t n) { return args.k > n / 4 && n > kSmallTopk; }
 
-// The maxima help only float32 arithmetic on stored statistics, and a bound that is above something.
+// The maxima help only float32 arithmetic on stored statistics, and a bound that is above
+// something.
 bool uses_maxima(const SelectTopkArgs& args, const float* const* maxima, const Sizes& sizes,
                  TopkWay way) {
-  if (maxima == nullptr || args.score == Score::kRandom ||
-      args.first[0].dtype == DType::kFloat64) {
+  if (maxima == nullptr || args.score == Score::kRandom || args.first[0].dtype == DType::kFloat64) {
     return false;
   }
   switch (way) {
@@ -161,7 +170,8 @@ bool uses_maxima(const SelectTopkArgs& args, const float* const* maxima, const S
   }
 }
 
-// ---- scratch -------------------------------------------------------------------------------------
+// ---- scratch
+// -------------------------------------------------------------------------------------
 
 // Hands out 16-byte aligned pieces of the caller's memory; from null it only counts.
 class Carver {
@@ -215,8 +225,7 @@ Scratch<K> make_scratch(const SelectTopkArgs& args, const float* const* maxima, 
   s.table.tiles = sparse ? sizes.sparse_tiles : sizes.dense_tiles;
   s.table.slots = sparse ? kSparseSlots : kTileSlots;
   s.table.tile_tensors = carver.take<int32_t>(s.table.tiles);
-  s.table.exclude_starts =
-      args.exclude == nullptr ? nullptr : carver.take<int64_t>(s.table.tiles);
+  s.table.exclude_starts = args.exclude == nullptr ? nullptr : carver.take<int64_t>(s.table.tiles);
   if (sparse && way == TopkWay::kMaxima) {
     s.maxima.rows = s.table.rows + args.count;
     s.maxima.count = args.count;
@@ -245,14 +254,15 @@ Scratch<K> make_scratch(const SelectTopkArgs& args, const float* const* maxima, 
   return s;
 }
 
-// ---- the sequence --------------------------------------------------------------------------------
+// ---- the sequence
+// --------------------------------------------------------------------------------
 
 TopkLaunch make_launch(const Context& context, const SelectTopkArgs& args) {
   TopkLaunch to{};
   use_device(context);
   to.stream = stream_of(context);
-  PIECE_OPS_CUDA_CHECK(cudaDeviceGetAttribute(&to.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                              context.device));
+  PIECE_OPS_CUDA_CHECK(
+      cudaDeviceGetAttribute(&to.multiprocessors, cudaDevAttrMultiProcessorCount, context.device));
   to.formula = {args.score, args.constant, args.seed};
   to.input = args.first[0].dtype == DType::kFloat64 ? TopkInput::kDouble
              : args.score == Score::kRandom         ? TopkInput::kHash
@@ -269,8 +279,7 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
   s.table.check = check;
   const int64_t spare = spare_of(s.table.n);
   const int64_t excluded = measure(args, maxima).excluded;
-  PIECE_OPS_CUDA_CHECK(
-      cudaMemsetAsync(base, 0, static_cast<size_t>(s.zeroed_bytes), to.stream));
+  PIECE_OPS_CUDA_CHECK(cudaMemsetAsync(base, 0, static_cast<size_t>(s.zeroed_bytes), to.stream));
 
   // 1. the bound
   if (way == TopkWay::kSample) {
@@ -309,7 +318,8 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
 
 }  // namespace
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers
+// -----------------------------------------------------------------------------------
 
 std::vector<TopkWay> topk_ways(const SelectTopkArgs& args, const float* const* maxima) {
   const Sizes sizes = measure(args, maxima);

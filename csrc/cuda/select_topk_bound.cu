@@ -1,25 +1,29 @@
-// select_topk_bound.cu - searches for the rank-th largest key: of a sample, of the kept, of all scores.
+// select_topk_bound.cu - searches for the rank-th largest key: of a sample, of the kept, of all
+// scores.
 //
-// What       A lower bound of the k-th largest score (guessed from a sample, or proven by the digits of
+// What       A lower bound of the k-th largest score (guessed from a sample, or proven by the
+// digits of
 //            all scores or of the maxima), and the exact k-th largest of the kept.
 // Algorithm  prepare: which tensor each tile belongs to, where its excluded entries begin (binary
 //            searches, a thread a tile); the search's first rank.
-//            sample: a thread a stratum; one element at a hashed place, so no stride that data could
-//            share and the same sample every time. An excluded element counts as the lowest.
-//            digit: a histogram of one digit of the keys that have the prefix found so far (filter and
-//            histogram in one read), then one block picks the bin that holds the rank-th largest.
-//            The host launches all digits at once; a search that is done lets them pass.
-//            Histograms live in shared memory, 32-bit counters for each block, merged (bins that are
-//            not zero) into 64-bit ones; a block merges before 2^31 of its own counts.
-// Traffic    sample 32 bytes a stratum (a sector): 0.2 % of float32. A digit over all scores: one read
-//            of them; over a list: 4 (8) bytes an entry, from L2. Merge: at most 8 bytes a bin a block.
-//            Bound: HBM for scores, launch latency (some 5 us a digit) for lists.
-//            H200 at 4.3 TB/s, float32: a digit of 1e9 scores 0.93 ms, of 8e9 7.5 ms; the sample and
-//            its search together about 0.02 ms for both.
+//            sample: a thread a stratum; one element at a hashed place, so no stride that data
+//            could share and the same sample every time. An excluded element counts as the lowest.
+//            digit: a histogram of one digit of the keys that have the prefix found so far (filter
+//            and histogram in one read), then one block picks the bin that holds the rank-th
+//            largest. The host launches all digits at once; a search that is done lets them pass.
+//            Histograms live in shared memory, 32-bit counters for each block, merged (bins that
+//            are not zero) into 64-bit ones; a block merges before 2^31 of its own counts.
+// Traffic    sample 32 bytes a stratum (a sector): 0.2 % of float32. A digit over all scores: one
+// read
+//            of them; over a list: 4 (8) bytes an entry, from L2. Merge: at most 8 bytes a bin a
+//            block. Bound: HBM for scores, launch latency (some 5 us a digit) for lists. H200
+//            at 4.3 TB/s, float32: a digit of 1e9 scores 0.93 ms, of 8e9 7.5 ms; the sample and its
+//            search together about 0.02 ms for both.
 // Scratch    8 * 4096 bytes of histogram; the sample: 4 (8) bytes for each of at most 2^20 strata.
 // Determinism  integer counts only: sums do not depend on their order.
 // Limits     float32 keys take 3 digits (12, 10, 10 bits), float64 keys 6 (12, 12, 4 of 10).
-// Source     digits: Alabi et al., JEA 17, 2012; filter and histogram in one read: AIR top-k, SC'23.
+// Source     digits: Alabi et al., JEA 17, 2012; filter and histogram in one read: AIR top-k,
+// SC'23.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(256)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        tile < table.tiles; tile += stride) {
-    int64_t low = 0;  // the last tensor whose first tile is not after this one; empty ones have none
+    int64_t low =
+        0;  // the last tensor whose first tile is not after this one; empty ones have none
     int64_t high = table.count;
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -87,8 +92,8 @@ __global__ void __launch_bounds__(256)
     const int64_t left = table.n - begin;
     const uint64_t own = static_cast<uint64_t>(left < strata.length ? left : strata.length);
     const int64_t position = begin + static_cast<int64_t>(((h >> 32) * own) >> 32);
-    // The last tensor that starts at or before the position holds it: an empty one that starts there
-    // comes before.
+    // The last tensor that starts at or before the position holds it: an empty one that starts
+    // there comes before.
     int64_t low = 0;
     int64_t high = table.count;
     while (high - low > 1) {
@@ -107,7 +112,8 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- one digit -------------------------------------------------------------------------------------
+// ---- one digit
+// -------------------------------------------------------------------------------------
 
 // Which digit, and of which keys.
 template <class K>
@@ -163,8 +169,8 @@ __global__ void __launch_bounds__(kListThreads)
 // A warp takes parts of tiles on its own; only the bins are shared.
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kHistogramThreads)
-    score_digit_kernel(TopkTable table, TopkFormula formula, int bits,
-                       const TopkSearch<K>* search, unsigned long long* histogram) {
+    score_digit_kernel(TopkTable table, TopkFormula formula, int bits, const TopkSearch<K>* search,
+                       unsigned long long* histogram) {
   using T = ScoreOf<kInput>;
   constexpr int kWarps = kHistogramThreads / kWarp;
   static_assert(kWarps % kTileWarps<T> == 0, "all parts of a tile are counted by one block");
@@ -184,18 +190,19 @@ __global__ void __launch_bounds__(kHistogramThreads)
       const int64_t tile = part / kTileWarps<T>;
       const int64_t tensor = table.tile_tensors[tile];
       const TopkRow& row = table.rows[tensor];
-      const int64_t begin =
-          table.tile_begin(tile, tensor) + part % kTileWarps<T> * kPartSlots<T>;
+      const int64_t begin = table.tile_begin(tile, tensor) + part % kTileWarps<T> * kPartSlots<T>;
       with_width<kInput>(row, [&](auto width) {
         T x[kPerLane<T>];
-        const uint32_t valid = load_part<kInput, decltype(width)::value>(row, formula, begin, lane, x);
+        const uint32_t valid =
+            load_part<kInput, decltype(width)::value>(row, formula, begin, lane, x);
 #pragma unroll
         for (int j = 0; j < kPerLane<T>; ++j) {
           const K key = to_key(x[j]);
           if ((valid >> j & 1u) && digit.has(key)) atomicAdd(bins + digit.bin(key), 1u);
         }
       });
-      if (part % kTileWarps<T> == 0) {  // of the whole tile, whose other parts this block counts too
+      if (part % kTileWarps<T> ==
+          0) {  // of the whole tile, whose other parts this block counts too
         const Excluded excluded = excluded_of(table, row, tile, tensor);
         for (int64_t e = excluded.begin + lane; e < excluded.end; e += kWarp) {
           const K key = to_key(score_at<kInput>(row, formula, excluded.list[e]));
@@ -267,7 +274,8 @@ int64_t blocks_for(int64_t work, int64_t per_block, int64_t most) {
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------
+// ---- launchers
+// -------------------------------------------------------------------------------------
 
 template <class K>
 void launch_prepare(const TopkLaunch& to, const TopkTable& table, TopkSearch<K>* search,
@@ -324,7 +332,7 @@ void launch_search_scores(const TopkLaunch& to, const TopkTable& table, TopkSear
   }
 }
 
-#define PIECE_OPS_INSTANTIATE(K)                                                                  \
+#define PIECE_OPS_INSTANTIATE(K)                                                                 \
   template void launch_prepare<K>(const TopkLaunch&, const TopkTable&, TopkSearch<K>*, int64_t); \
   template void launch_sample<K>(const TopkLaunch&, const TopkTable&, TopkStrata, K*);           \
   template void launch_search_list<K>(const TopkLaunch&, const K*, const unsigned long long*,    \

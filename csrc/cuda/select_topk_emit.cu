@@ -1,23 +1,29 @@
 // select_topk_emit.cu - from the kept and the threshold to positions, in the caller's order.
 //
-// What       indices[0 .. k): what is above the threshold, and the first ties in the caller's order;
+// What       indices[0 .. k): what is above the threshold, and the first ties in the caller's
+// order;
 //            counts for each tensor; the report.
-// Algorithm  1. share: 8 lanes a tile count what of its kept is above the threshold and what equals it
-//               (if the threshold is the bound, the filter's counts say so); a block has 256 tiles and
-//               writes their sum.
-//            2. scan: one block turns the sums of all groups into what comes before each; ties at the
+// Algorithm  1. share: 8 lanes a tile count what of its kept is above the threshold and what equals
+// it
+//               (if the threshold is the bound, the filter's counts say so); a block has 256 tiles
+//               and writes their sum.
+//            2. scan: one block turns the sums of all groups into what comes before each; ties at
+//            the
 //               threshold that are needed: quota = k - all above.
 //            3. emit: a block scans its 256 tiles: a tile's positions go to
 //                   above before it + min(ties before it, quota),
-//               and it gives as many of its ties as the quota still holds. Then 8 lanes a tile copy.
-//            4. reread: tiles that must give ties equal to the bound, which are not in the list, or all
+//               and it gives as many of its ties as the quota still holds. Then 8 lanes a tile
+//               copy.
+//            4. reread: tiles that must give ties equal to the bound, which are not in the list, or
+//            all
 //               tiles of a dense selection, are read again, a block a tile, ballots and a scan.
 //            5. report: counts are differences of the tiles' places; a thread a tensor.
 //            Each step is a launch of its own, so no block waits for another.
-// Traffic    8 (12) bytes a kept score twice, 8 bytes a selected one, 40 bytes a tile: 0.3 % of float32
-//            at k = 0.1 %, most of it in L2. Reread: 4 bytes for each score of a tile that gives ties at
-//            the bound, at most one read of everything. Bound: latency and launches; dense: HBM.
-//            H200, float32, k = 0.1 %: 1e9 0.03 ms, 8e9 0.15 ms.
+// Traffic    8 (12) bytes a kept score twice, 8 bytes a selected one, 40 bytes a tile: 0.3 % of
+// float32
+//            at k = 0.1 %, most of it in L2. Reread: 4 bytes for each score of a tile that gives
+//            ties at the bound, at most one read of everything. Bound: latency and launches; dense:
+//            HBM. H200, float32, k = 0.1 %: 1e9 0.03 ms, 8e9 0.15 ms.
 // Scratch    28 bytes a tile, 16 a group.
 // Determinism  all places are sums of counts in the tiles' order.
 #include "select_topk_load.h"
@@ -110,7 +116,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t groups, Topk
       above_sums[set][warp] = above_upto;
       tie_sums[set][warp] = ties_upto;
     }
-    __syncthreads();  // the warps' sums are there; and those of the round before last have been read
+    __syncthreads();  // the warps' sums are there; and those of the round before last have been
+                      // read
     unsigned long long above_here = above_before + above_upto - above;
     unsigned long long ties_here = ties_before + ties_upto - ties;
     for (int w = 0; w < kWarps; ++w) {
@@ -152,8 +159,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // the warps' sums are there
     before -= own;
     for (unsigned w = 0; w < threadIdx.x / kWarp; ++w) before += warp_sums[w];
-    const int64_t above_before =
-        found.group_above[blockIdx.x] + static_cast<int64_t>(before >> 32);
+    const int64_t above_before = found.group_above[blockIdx.x] + static_cast<int64_t>(before >> 32);
     const int64_t ties_before =
         found.group_ties[blockIdx.x] + static_cast<int64_t>(before & 0xffffffffu);
     const int64_t quota = found.state->quota;
@@ -194,12 +200,14 @@ __global__ void __launch_bounds__(kThreads)
       const K key = j < n ? found.keys[start + j] : K{0};
       const bool is_tie = j < n && key == threshold_key;
       const unsigned ties = __ballot_sync(kAllLanes, is_tie) >> first_lane & 0xffu;
-      const bool gives = is_tie && static_cast<uint32_t>(__popc(ties & lanes_below(lane))) < ties_left;
+      const bool gives =
+          is_tie && static_cast<uint32_t>(__popc(ties & lanes_below(lane))) < ties_left;
       const uint32_t count = static_cast<uint32_t>(__popc(ties));
       ties_left -= count < ties_left ? count : ties_left;
       const bool is_chosen = (j < n && key > threshold_key) || gives;
       const unsigned lanes = __ballot_sync(kAllLanes, is_chosen) >> first_lane & 0xffu;
-      if (is_chosen) indices[out + __popc(lanes & lanes_below(lane))] = begin + found.slots[start + j];
+      if (is_chosen)
+        indices[out + __popc(lanes & lanes_below(lane))] = begin + found.slots[start + j];
       out += __popc(lanes);
     }
   }
@@ -248,8 +256,9 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, 2)
           above &= ~excluded_bits<V>(excluded, above, part_begin, lane);
           ties &= ~excluded_bits<V>(excluded, ties, part_begin, lane);
         }
-        const uint32_t own = __reduce_add_sync(
-            kAllLanes, static_cast<uint32_t>(__popc(above)) << 16 | static_cast<uint32_t>(__popc(ties)));
+        const uint32_t own =
+            __reduce_add_sync(kAllLanes, static_cast<uint32_t>(__popc(above)) << 16 |
+                                             static_cast<uint32_t>(__popc(ties)));
         if (lane == 0) warp_chosen[round][warp] = own;
         __syncthreads();  // all counts are there; and those of the round before last have been read
         uint32_t before = 0;
@@ -359,7 +368,7 @@ void launch_emit(const TopkLaunch& to, const TopkTable& table, const TopkSearch<
          table, threshold, found, counts, report);
 }
 
-#define PIECE_OPS_INSTANTIATE(K)                                                               \
+#define PIECE_OPS_INSTANTIATE(K)                                                              \
   template void launch_emit<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*,     \
                                const TopkSearch<K>*, const TopkFound<K>&, int64_t*, int64_t*, \
                                TopkReport*);

@@ -1,24 +1,31 @@
-// select_topk_filter.cu - the one read of all scores: keeps what exceeds the bound, counts what equals it.
+// select_topk_filter.cu - the one read of all scores: keeps what exceeds the bound, counts what
+// equals it.
 //
-// What       For each tile: its (key, slot) above the bound, in rising slots; how many equal the bound.
+// What       For each tile: its (key, slot) above the bound, in rising slots; how many equal the
+// bound.
 //            NaN are counted for each tensor, when they are to be reported.
-// Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth), all
+// Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth),
+// all
 //            in registers before the first is used:
 //            1. one comparison a score, !(x < bound), which NaN passes as well; a vote for each 128
 //               (256) scores. Most votes say no.
 //            2. where one says yes: exact keys, a bit for each score above the bound, ties counted.
-//               Excluded positions are looked up for scores above the bound only; the ties among them
-//               are subtracted afterwards, by a look at the tile's excluded entries.
-//            3. the warps' counts meet in shared memory; thread 0 reserves room for the tile's share
-//               with one atomic add; ballots give every score its place, so that a share is in order.
-//            Shares lie in the order of the atomic adds. Nothing depends on it: the tile says where its
-//            share is, and the output's order is that of the tiles (select_topk_emit.cu).
-//            No block waits for another. What does not fit the room is counted, not written; verify
+//               Excluded positions are looked up for scores above the bound only; the ties among
+//               them are subtracted afterwards, by a look at the tile's excluded entries.
+//            3. the warps' counts meet in shared memory; thread 0 reserves room for the tile's
+//            share
+//               with one atomic add; ballots give every score its place, so that a share is in
+//               order.
+//            Shares lie in the order of the atomic adds. Nothing depends on it: the tile says where
+//            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
+//            block waits for another. What does not fit the room is counted, not written; verify
 //            then calls for another round.
-// Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a tile of
+// Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
+// tile of
 //            map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
-//            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB; the
-//            bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5 ms.
+//            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
+//            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5
+//            ms.
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
 // Limits     a tile's counts fit 16 bits; positions 64.
@@ -30,7 +37,9 @@ namespace {
 
 // Blocks a multiprocessor that must fit: few enough registers that nothing spills.
 template <TopkInput kInput>
-constexpr int kMinBlocks = kInput == TopkInput::kTwo ? 4 : kInput == TopkInput::kDouble ? 3 : 5;
+constexpr int kMinBlocks = kInput == TopkInput::kTwo      ? 4
+                           : kInput == TopkInput::kDouble ? 3
+                                                          : 5;
 
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInput>)
@@ -95,8 +104,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
       }
 
       // Sums modulo 2^32: one warp's ties may be below zero, the tile's are not.
-      const uint32_t kept_here =
-          __reduce_add_sync(kAllLanes, static_cast<uint32_t>(__popc(above)));
+      const uint32_t kept_here = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(__popc(above)));
       const uint32_t ties_here = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(ties));
       if (lane == 0) {
         warp_kept[warp] = kept_here;
@@ -153,8 +161,8 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
 
 // One thread: are there enough, and did they fit? Sets out the search for the threshold.
 template <class K>
-__global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound,
-                              TopkSearch<K>* threshold, TopkFound<K> found) {
+__global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound, TopkSearch<K>* threshold,
+                              TopkFound<K> found) {
   TopkState& state = *found.state;
   const unsigned long long kept = state.kept;
   const bool enough = kept + state.ties >= static_cast<unsigned long long>(found.k);
@@ -204,10 +212,10 @@ void launch_verify(const TopkLaunch& to, const TopkTable& table, const TopkSearc
   launch(verify_kernel<K>, 1, 1, 0, to.stream, table, bound, threshold, found);
 }
 
-#define PIECE_OPS_INSTANTIATE(K)                                                                \
-  template void launch_filter<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*,    \
-                                 const TopkFound<K>&);                                          \
-  template void launch_verify<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*,    \
+#define PIECE_OPS_INSTANTIATE(K)                                                            \
+  template void launch_filter<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
+                                 const TopkFound<K>&);                                      \
+  template void launch_verify<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
                                  TopkSearch<K>*, const TopkFound<K>&);
 PIECE_OPS_INSTANTIATE(uint32_t)
 PIECE_OPS_INSTANTIATE(uint64_t)

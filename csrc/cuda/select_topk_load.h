@@ -84,7 +84,8 @@ PIECE_OPS_DEVICE int64_t element_bytes(int32_t dtype) {
   return static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
 }
 
-// ---- one element -----------------------------------------------------------------------------------
+// ---- one element
+// -----------------------------------------------------------------------------------
 
 template <TopkInput kInput>
 PIECE_OPS_DEVICE ScoreOf<kInput> score_at(const TopkRow& row, const TopkFormula& formula,
@@ -137,7 +138,8 @@ PIECE_OPS_DEVICE Excluded excluded_of(const TopkTable& table, const TopkRow& row
           is_last ? row.exclude_n : table.exclude_starts[tile + 1]};
 }
 
-// ---- one warp's part -------------------------------------------------------------------------------
+// ---- one warp's part
+// -------------------------------------------------------------------------------
 
 // kPerLane<float> elements as they lie in memory: word j / 2 holds elements j and j + 1 of a 16-bit
 // type, word j one of float32.
@@ -224,8 +226,8 @@ PIECE_OPS_DEVICE bool is_aligned(const void* data, int64_t offset_bytes, int64_t
          0;
 }
 
-// Scores of the part whose first slot is element `begin`; bit j of the result: x[j] exists. What does
-// not exist is below everything.
+// Scores of the part whose first slot is element `begin`; bit j of the result: x[j] exists. What
+// does not exist is below everything.
 template <TopkInput kInput, int V>
 PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
                                     int lane, ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
@@ -284,8 +286,8 @@ PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formu
   return valid;
 }
 
-// Calls body(integral_constant<V>): the loads' width goes with the dtype of the tensor, so this branch
-// is the same for a whole tile.
+// Calls body(integral_constant<V>): the loads' width goes with the dtype of the tensor, so this
+// branch is the same for a whole tile.
 template <TopkInput kInput, class Body>
 PIECE_OPS_DEVICE void with_width(const TopkRow& row, Body body) {
   if constexpr (kInput == TopkInput::kDouble) {

@@ -1,17 +1,22 @@
-// select_topk_small.cu - a selection of its own for each of many small tensors, a block each, one launch.
+// select_topk_small.cu - a selection of its own for each of many small tensors, a block each, one
+// launch.
 //
-// What       For every tensor with k >= 0 in its row: its k largest, counts, and a report of its own.
-// Algorithm  A block takes a tensor:
-//            1. digits: a shared histogram of one digit of the keys with the prefix found so far; each
+// What       For every tensor with k >= 0 in its row: its k largest, counts, and a report of its
+// own. Algorithm  A block takes a tensor:
+//            1. digits: a shared histogram of one digit of the keys with the prefix found so far;
+//            each
 //               thread scans a run of bins, the one that holds the k-th largest sets the prefix.
 //               float32 3 digits, float64 6. The first one counts NaN as well.
-//            2. positions: 256 elements at a time, in order; ballots and a scan of the warps' counts give
+//            2. positions: 256 elements at a time, in order; ballots and a scan of the warps'
+//            counts give
 //               each chosen one its place; ties are chosen while the quota lasts.
-// Traffic    the tensor digits + 1 times, all but the first from L2 (L1); 8 bytes a selected element.
+// Traffic    the tensor digits + 1 times, all but the first from L2 (L1); 8 bytes a selected
+// element.
 //            Bound: latency, some 20 us for 65,536 elements; 10,000 tensors of 1000: 0.1 ms.
 // Scratch    none.
 // Determinism  integer counts; positions in order.
-// Limits     any size is right; past some 65,536 elements one block is slow, and select_topk.cu is used.
+// Limits     any size is right; past some 65,536 elements one block is slow, and select_topk.cu is
+// used.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {
@@ -95,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
       if (is_excluded(i)) continue;
       atomicAdd(bins + static_cast<int>((key >> shift) & ((K{1} << bits) - 1)), 1u);
     }
-    __syncthreads();  // all counts are in
+    __syncthreads();                         // all counts are in
     if (nans != 0 && !nan_is_lowest) break;  // all threads alike
     // Bins from the top: thread 0 has the largest ones.
     const int top = kMaxBins - 1 - kRun * static_cast<int>(threadIdx.x);

@@ -1,27 +1,34 @@
-// select_topk_sparse.cu - the filter when a maximum of every 32 scores is known: reads what can matter.
+// select_topk_sparse.cu - the filter when a maximum of every 32 scores is known: reads what can
+// matter.
 //
 // What       The same as select_topk_filter.cu, for tiles of 32768 elements with 1024 maxima.
-// Algorithm  The score of an element cannot exceed the maximum of its chunk of 32. So with any bound,
-//            only chunks whose maximum reaches the bound hold kept scores or ties; a chunk with NaN has
-//            the maximum NaN and is read too. Reading fewer chunks never makes the result wrong: the
-//            count verifies it as in the dense filter. A warp takes a tile:
-//            1. 32 maxima a lane in registers; the chunks to read, in order, into a list in shared memory.
-//            2. each chunk is one load of the warp, eight in flight: counts what is above the bound and
+// Algorithm  The score of an element cannot exceed the maximum of its chunk of 32. So with any
+// bound,
+//            only chunks whose maximum reaches the bound hold kept scores or ties; a chunk with NaN
+//            has the maximum NaN and is read too. Reading fewer chunks never makes the result
+//            wrong: the count verifies it as in the dense filter. A warp takes a tile:
+//            1. 32 maxima a lane in registers; the chunks to read, in order, into a list in shared
+//            memory.
+//            2. each chunk is one load of the warp, eight in flight: counts what is above the bound
+//            and
 //               what equals it; chunks with something above stay in the list.
-//            3. one atomic add reserves room; these chunks are loaded again (L1, L2) and copied out.
-//            The bound is guessed from a sample of the scores, or proven by the digits of the maxima:
-//            k chunks with a maximum of at least t are k scores of at least t (excluded ones: k more of
-//            each). Mass ties, when most chunks reach the bound, cost one read of everything.
-// Traffic    read 4 bytes for each 32 scores, and 128 (float32) for each chunk that reaches the bound;
-//            k = 0.1 %: 0.125 + 0.128 (1.2 k chunks: 0.15) bytes a score against 4; write as the dense
-//            filter. Bound: HBM, scattered lines of 128 bytes, two thirds of the bus assumed.
+//            3. one atomic add reserves room; these chunks are loaded again (L1, L2) and copied
+//            out. The bound is guessed from a sample of the scores, or proven by the digits of the
+//            maxima: k chunks with a maximum of at least t are k scores of at least t (excluded
+//            ones: k more of each). Mass ties, when most chunks reach the bound, cost one read of
+//            everything.
+// Traffic    read 4 bytes for each 32 scores, and 128 (float32) for each chunk that reaches the
+// bound;
+//            k = 0.1 %: 0.125 + 0.128 (1.2 k chunks: 0.15) bytes a score against 4; write as the
+//            dense filter. Bound: HBM, scattered lines of 128 bytes, two thirds of the bus assumed.
 //            H200, float32, k = 0.1 %: 1e9 0.08 ms, 8e9 0.65 ms (one read: 0.93 and 7.5).
 // Scratch    as the dense filter, 12 bytes a tile of 32768.
 // Determinism  as the dense filter.
 // Limits     float32 maxima of the scores as select_topk evaluates them, one for 32 consecutive
-//            elements of each tensor (the last one of what is left). Unchecked: that they are right; one
-//            that is too small hides its chunk.
-// Source     delegates: Gaihre et al., Dr. Top-k, SC'21; here the producer of the scores leaves them.
+//            elements of each tensor (the last one of what is left). Unchecked: that they are
+//            right; one that is too small hides its chunk.
+// Source     delegates: Gaihre et al., Dr. Top-k, SC'21; here the producer of the scores leaves
+// them.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {
@@ -77,7 +84,7 @@ PIECE_OPS_DEVICE void chunk_keys(const TopkRow& row, const TopkFormula& formula,
 }
 
 template <TopkInput kInput>
-__global__ void __launch_bounds__(kThreads, 6)
+__global__ void __launch_bounds__(kThreads, 5)
     sparse_filter_kernel(TopkTable table, TopkFormula formula, const TopkSearch<uint32_t>* search,
                          TopkFound<uint32_t> found) {
   __shared__ uint16_t lists[kWarps][kTileChunks];
@@ -85,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, 6)
   uint16_t* const list = lists[threadIdx.x / kWarp];
   if (table.is_broken()) return;  // all threads alike
   const uint32_t bound_key = search->bound();
-  const float bound = from_key<float>(bound_key);  // NaN if no score has this key: all chunks are read
+  const float bound =
+      from_key<float>(bound_key);  // NaN if no score has this key: all chunks are read
   const TopkFormula plain{Score::kPlain, 0.0f, 0};
 
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -150,15 +158,15 @@ __global__ void __launch_bounds__(kThreads, 6)
         if (above && excluded.any()) above = !excluded.has(at[u]);
         const unsigned lanes = __ballot_sync(kAllLanes, above);
         kept += static_cast<uint32_t>(__popc(lanes));
-        ties += static_cast<uint32_t>(
-            __popc(__ballot_sync(kAllLanes, exists && keys[u] == bound_key)));
+        ties +=
+            static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, exists && keys[u] == bound_key)));
         nans += exists && keys[u] == 0;
         if (lanes == 0) continue;
         if (lane == 0) list[kept_chunks] = static_cast<uint16_t>(ids[u]);
         ++kept_chunks;
       }
     }
-    __syncwarp();  // the shortened list is written
+    __syncwarp();          // the shortened list is written
     if (excluded.any()) {  // a tie's chunk was read, since its maximum reaches the bound
       uint32_t excluded_ties = 0;
       for (int64_t e = excluded.begin + lane; e < excluded.end; e += kWarp) {
@@ -214,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 6)
 void launch_sparse_filter(const TopkLaunch& to, const TopkTable& table,
                           const TopkSearch<uint32_t>* bound, const TopkFound<uint32_t>& found) {
   const int64_t blocks = (table.tiles + kWarps - 1) / kWarps;
-  const int64_t most = int64_t{to.multiprocessors} * 6;
+  const int64_t most = int64_t{to.multiprocessors} * 5;
   const auto kernel = to.input == TopkInput::kTwo ? sparse_filter_kernel<TopkInput::kTwo>
                                                   : sparse_filter_kernel<TopkInput::kOne>;
   launch(kernel, blocks < most ? blocks : most, kThreads, 0, to.stream, table, to.formula, bound,

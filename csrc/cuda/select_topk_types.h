@@ -2,8 +2,9 @@
 // search for the k-th largest key, the scratch, and the launchers. Manual: select_topk.cu.
 //
 //   tensor      elements 0 .. n-1; excluded positions; possibly a maximum for every 32 elements
-//   tile        a run of slots of one tensor: 4096 (dense), or 32768 (sparse: maxima decide what is read)
-//   slot        one place of a tile; a dense tensor's first tile begins `pad` slots before its first
+//   tile        a run of slots of one tensor: 4096 (dense), or 32768 (sparse: maxima decide what is
+//   read) slot        one place of a tile; a dense tensor's first tile begins `pad` slots before
+//   its first
 //               element, so that every 16-byte load of the tensor is aligned
 //
 //     address    |..pad..| 0 1 2 ...                 element = tile * slots - pad + slot
@@ -53,10 +54,11 @@ struct TopkTable {
   int64_t count;
   int64_t n;
   int64_t tiles;
-  int64_t* exclude_starts;  // [tiles]: the first excluded entry at or after the tile's begin; or null
-  int32_t* tile_tensors;    // [tiles]
-  const int64_t* check;     // what check_indices said of the excluded positions; null: there are none
-  int32_t slots;            // of a tile: kTileSlots or kSparseSlots
+  int64_t*
+      exclude_starts;     // [tiles]: the first excluded entry at or after the tile's begin; or null
+  int32_t* tile_tensors;  // [tiles]
+  const int64_t* check;   // what check_indices said of the excluded positions; null: there are none
+  int32_t slots;          // of a tile: kTileSlots or kSparseSlots
 
   // Excluded positions that are out of range or out of order: nothing may be looked up by them.
   PIECE_OPS_HD bool is_broken() const { return check != nullptr && *check != kNothingWrong; }
@@ -134,7 +136,8 @@ struct TopkStrata {
   int64_t count;
 };
 
-// ---- launchers, one file each --------------------------------------------------------------------
+// ---- launchers, one file each
+// --------------------------------------------------------------------
 
 // How the scores come about; the kernels are compiled for each.
 enum class TopkInput { kOne, kTwo, kHash, kDouble };

@@ -76,9 +76,9 @@ def select_topk_by_maxima(
     first, second, k, exclude, score, constant, seed, nan, algorithm
         As for ``torch.ops.piece_ops.select_topk``.
     maxima : list of Tensor, float32, contiguous, [(n_t + 31) // 32] each
-        What ``accumulate_squares_and_maxima_`` left for this score; empty: read everything. Used by a
-        selection over all tensors of float32, bfloat16 or float16. **Unchecked:** that they are the
-        maxima of these scores; one that is too small hides its chunk.
+        What ``accumulate_squares_and_maxima_`` left for this score; empty: read everything. Used
+        by a selection over all tensors of float32, bfloat16 or float16. **Unchecked:** that they
+        are the maxima of these scores; one that is too small hides its chunk.
     ways : list of str, optional
         Filled with the ways that were tried, out of "sample", "maxima", "digits", in turn.
 
@@ -125,7 +125,9 @@ def select_topk_by_maxima(
         results = _empty(place, scopes * words + len(first))
         if not any(k):
             results.zero_()
-        table = table_of(place, lambda *_: selection.table(), *columns, list(codes))
+        # What the table depends on; k only where every tensor has its own row's.
+        key = [*columns[:8], k if by_tensor else [], [by_tensor, _schema.SCORE_CODES[score]]]
+        table = table_of(place, lambda *_: selection.table(), *key)
         check = _check_excluded(place, selection) if any(excluded) else None
         check_address = 0 if check is None else check.data_ptr()
         outputs = (results.data_ptr(), indices.data_ptr(), results[scopes * words :].data_ptr())
@@ -139,9 +141,7 @@ def select_topk_by_maxima(
                 if ways is not None:
                     ways.append(WAYS[way])
                 scratch = _empty(place, (selection.scratch_bytes(scope, way) + 7) // 8)
-                selection.launch(
-                    scope, way, *before, scratch.data_ptr(), *outputs, *place.where
-                )
+                selection.launch(scope, way, *before, scratch.data_ptr(), *outputs, *place.where)
                 del scratch  # the allocator hands it out again in this stream's order
             host = results.cpu()
             reports = _reports(host, scopes, words)

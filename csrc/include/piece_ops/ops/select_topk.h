@@ -62,12 +62,13 @@ struct TopkReport {
   int64_t check;  // the word of check_indices
 };
 
-// How the bound comes about. A way reads the scores kSample once, kMaxima once (those chunks that can
-// matter), kDigits twice to four times; kSample can miss, kMaxima too where chunks are few or full.
+// How the bound comes about. A way reads the scores kSample once, kMaxima once (those chunks that
+// can matter), kDigits twice to four times; kSample can miss, kMaxima too where chunks are few or
+// full.
 enum class TopkWay : int32_t { kSample = 0, kMaxima = 1, kDigits = 2 };
 
-// maxima: null, or [count] addresses of (n + 31) / 32 floats on the device: the largest score of every
-// 32 consecutive elements, NaN if one is NaN (cuda::ChunkMaxima of accumulate_squares).
+// maxima: null, or [count] addresses of (n + 31) / 32 floats on the device: the largest score of
+// every 32 consecutive elements, NaN if one is NaN (cuda::ChunkMaxima of accumulate_squares).
 
 // The ways to try, in this order; the last one cannot miss. k > 0.
 std::vector<TopkWay> topk_ways(const SelectTopkArgs& args, const float* const* maxima);
@@ -82,8 +83,9 @@ void select_topk(const Context& context, const SelectTopkArgs& args, const float
                  TopkWay way, const int64_t* table, const int64_t* check, void* scratch,
                  TopkReport* report);
 
-// A selection of each tensor by itself: tensors of at most kSmallTopk elements in one launch, with a
-// report each; for a larger one, select_topk with args of that one tensor and its words of the table.
+// A selection of each tensor by itself: tensors of at most kSmallTopk elements in one launch, with
+// a report each; for a larger one, select_topk with args of that one tensor and its words of the
+// table.
 constexpr int64_t kSmallTopk = 65536;
 Table make_table_by_tensor(const SelectTopkArgs& args, const int64_t* ks);
 int64_t topk_row_words();
