@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.cases import BF16, F16, F32, F64, draw, pick, select_cases, some_positions
+from helpers.cases import BF16, F16, F32, F64, draw, pick, some_positions
 from helpers.compare import bits
 from helpers.emulated import cuda_implementations, emulation, load
 
@@ -114,31 +114,9 @@ def case_total(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def case_select(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, Run, Run]]:
-    if "select_topk" not in cuda:
-        return
-    for distribution, dtype, n in (
-        ("gaussian_squared", F32, 6007),
-        ("few_values", BF16, 3001),
-        ("with_nan_inf", None, 1023),
-        ("run_of_large", F64, 2050),
-        ("all_equal", F32, 4097),
-    ):
-        for case in select_cases(dtype, distribution, g, (n,)):
-            yield from _one_selection(case, cuda["select_topk"])
+    from helpers.emulated_select_topk import cases
 
-
-def _one_selection(case: Any, select_topk: Any) -> Iterator[tuple[str, Run, Run]]:
-    scores = case.scores
-    first = list(scores.values()) if isinstance(scores, dict) else _list(scores)
-    options = case.options
-    if "exclude" in options or options.get("scope") == "tensor":
-        return  # the contract tests have these; here time counts
-    arguments = ([int(case.k)], [], "plain", 0.0, 0, options.get("nan", "raise"))
-
-    def run(op: Any) -> Any:
-        return op(first, [], *arguments, options.get("algorithm", "auto"))
-
-    yield case.name, lambda: run(select_topk), lambda: run(OPS.select_topk)
+    yield from cases(g)
 
 
 CASES = {
