@@ -129,7 +129,8 @@ def scores_of(score: str, squares: Tensor, sums: Tensor, second: Tensor) -> Tens
     other = second.float()
     return {
         "plain": lambda: squares,
-        "piece-s": lambda: sums.abs() / (squares + 0.25).sqrt(),
+        # Through float64: torch's float32 root may err by one unit in the last place.
+        "piece-s": lambda: sums.abs() / (squares + 0.25).double().sqrt().float(),
         "piece-g": lambda: sums.abs() / (other + 0.25),
         "magnitude": lambda: sums.abs(),
         "snip": lambda: (sums * other).abs(),
