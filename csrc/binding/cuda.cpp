@@ -2,10 +2,9 @@
 //
 // Each op has two functions: cuda_<op>_table makes a table of the tensors on the host, which Python
 // writes into device memory of its own and may keep; cuda_<op> runs over it.
-#include "cuda.h"
-
 #include <pybind11/stl.h>
 
+#include "bind.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/device.h"
 #include "piece_ops/ops/gather.h"
@@ -47,8 +46,7 @@ void bind_device(py::module_& m) {
     cuda::require_device(device);
   });
   py::class_<Table>(m, "CudaTable")
-      .def_property_readonly("n_bytes",
-                             [](const Table& table) { return 8 * table.words.size(); })
+      .def_property_readonly("n_bytes", [](const Table& table) { return 8 * table.words.size(); })
       .def_readonly("count", &Table::count)
       .def_readonly("tiles", &Table::tiles)
       .def("write",
@@ -61,12 +59,12 @@ void bind_device(py::module_& m) {
         const cuda::Slot slot = cuda::locate_slot(table, report);
         return py::make_tuple(slot.tensor, slot.slot);
       });
-  m.def("cuda_check_indices", [](const Table& table, int64_t address, int64_t report, int device,
-                                 uint64_t stream) {
-    const py::gil_scoped_release unlocked;
-    cuda::check_indices(cuda_context(device, stream), on_device(table, address),
-                        pointer<int64_t>(report));
-  });
+  m.def("cuda_check_indices",
+        [](const Table& table, int64_t address, int64_t report, int device, uint64_t stream) {
+          const py::gil_scoped_release unlocked;
+          cuda::check_indices(cuda_context(device, stream), on_device(table, address),
+                              pointer<int64_t>(report));
+        });
 }
 
 void bind_accumulate_squares(py::module_& m) {
@@ -117,9 +115,8 @@ void bind_accumulate_squares(py::module_& m) {
                                  pointer<int64_t>(report), pointer<int64_t>(sticky));
       },
       py::arg("table"), py::arg("address"), py::arg("has_square_sums"), py::arg("has_sums"),
-      py::arg("weight"), py::arg("report"), py::arg("sticky"), py::arg("device"),
-      py::arg("stream"), py::arg("has_maxima") = false, py::arg("score") = 0,
-      py::arg("constant") = 0.0f);
+      py::arg("weight"), py::arg("report"), py::arg("sticky"), py::arg("device"), py::arg("stream"),
+      py::arg("has_maxima") = false, py::arg("score") = 0, py::arg("constant") = 0.0f);
 }
 
 void bind_slots(py::module_& m) {
@@ -151,32 +148,32 @@ void bind_slots(py::module_& m) {
           cuda::sparse_adamw(cuda_context(device, stream), on_device(table, address),
                              make_adamw_factors(step, lr, beta1, beta2, eps, weight_decay));
         });
-  m.def("cuda_gather_table", [](const Ints& sources, const Ints& source_sizes,
-                                const Ints& source_dtypes, const Ints& indices,
-                                const Ints& index_sizes, const Ints& values,
-                                const Ints& value_dtypes) {
-    const auto source_views = make_views<ConstView>(sources, source_sizes, source_dtypes);
-    const auto index_views = make_index_views(indices, index_sizes);
-    const auto value_views = make_views<View>(values, index_sizes, value_dtypes);
-    return cuda::make_table(GatherArgs{static_cast<int64_t>(source_views.size()),
-                                       source_views.data(), index_views.data(),
-                                       value_views.data()});
-  });
+  m.def("cuda_gather_table",
+        [](const Ints& sources, const Ints& source_sizes, const Ints& source_dtypes,
+           const Ints& indices, const Ints& index_sizes, const Ints& values,
+           const Ints& value_dtypes) {
+          const auto source_views = make_views<ConstView>(sources, source_sizes, source_dtypes);
+          const auto index_views = make_index_views(indices, index_sizes);
+          const auto value_views = make_views<View>(values, index_sizes, value_dtypes);
+          return cuda::make_table(GatherArgs{static_cast<int64_t>(source_views.size()),
+                                             source_views.data(), index_views.data(),
+                                             value_views.data()});
+        });
   m.def("cuda_gather", [](const Table& table, int64_t address, int device, uint64_t stream) {
     const py::gil_scoped_release unlocked;
     cuda::gather(cuda_context(device, stream), on_device(table, address));
   });
-  m.def("cuda_scatter_table", [](const Ints& targets, const Ints& target_sizes,
-                                 const Ints& target_dtypes, const Ints& indices,
-                                 const Ints& index_sizes, const Ints& values,
-                                 const Ints& value_dtypes) {
-    const auto target_views = make_views<View>(targets, target_sizes, target_dtypes);
-    const auto index_views = make_index_views(indices, index_sizes);
-    const auto value_views = make_views<ConstView>(values, index_sizes, value_dtypes);
-    return cuda::make_table(ScatterArgs{static_cast<int64_t>(target_views.size()),
-                                        target_views.data(), index_views.data(),
-                                        value_views.data()});
-  });
+  m.def("cuda_scatter_table",
+        [](const Ints& targets, const Ints& target_sizes, const Ints& target_dtypes,
+           const Ints& indices, const Ints& index_sizes, const Ints& values,
+           const Ints& value_dtypes) {
+          const auto target_views = make_views<View>(targets, target_sizes, target_dtypes);
+          const auto index_views = make_index_views(indices, index_sizes);
+          const auto value_views = make_views<ConstView>(values, index_sizes, value_dtypes);
+          return cuda::make_table(ScatterArgs{static_cast<int64_t>(target_views.size()),
+                                              target_views.data(), index_views.data(),
+                                              value_views.data()});
+        });
   m.def("cuda_scatter", [](const Table& table, int64_t address, int device, uint64_t stream) {
     const py::gil_scoped_release unlocked;
     cuda::scatter(cuda_context(device, stream), on_device(table, address));
@@ -191,8 +188,8 @@ void bind_total(py::module_& m) {
   m.def("cuda_total", [](const Table& table, int64_t address, int64_t tile_sums, int64_t result,
                          int device, uint64_t stream) {
     const py::gil_scoped_release unlocked;
-    cuda::total(cuda_context(device, stream), on_device(table, address),
-                pointer<double>(tile_sums), pointer<double>(result));
+    cuda::total(cuda_context(device, stream), on_device(table, address), pointer<double>(tile_sums),
+                pointer<double>(result));
   });
 }
 

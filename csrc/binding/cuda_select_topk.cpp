@@ -4,7 +4,7 @@
 // A scope is one selection: all tensors together (scope 0), or each tensor by itself.
 #include <pybind11/stl.h>
 
-#include "cuda.h"
+#include "bind.h"
 #include "piece_ops/ops/select_topk.h"
 #include "views.h"
 

@@ -1,5 +1,5 @@
 // emulation.cpp - for tests: the CUDA ops over kernels that run on the CPU (csrc/test/simt).
-#include "cuda.h"
+#include "bind.h"
 #include "simt/simt.h"
 
 namespace py = pybind11;

@@ -1,7 +1,7 @@
 // errors.cpp - errors of the native code become Python's.
 #include <exception>
 
-#include "cuda.h"
+#include "bind.h"
 #include "piece_ops/core/check.h"
 
 namespace piece_ops::binding {

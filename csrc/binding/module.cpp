@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
-#include "cuda.h"
+#include "bind.h"
 #include "piece_ops/core/check.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"

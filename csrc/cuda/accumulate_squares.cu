@@ -7,19 +7,19 @@
 //            2. add_kernel reads that word: it adds, or, when there is one, counts the elements in
 //            question of that tensor instead. No host in between, so both can be captured. One warp
 //            takes tiles of 4096 elements; a lane handles 8 at a time in 16-byte accesses, from the
-//            first element on at which every address is a multiple of 16; where there is none (views
-//            cut at different offsets), one element a lane, coalesced. The look-ahead is what
-//            "nothing is added" costs: an addition in floating point cannot be taken back.
-// Maxima     lanes 4 c .. 4 c + 3 hold chunk c of 32 elements: two shuffles and one store of 4 bytes.
-// Traffic    bfloat16, squares only: read 2 (look) + 2 + 4, write 4 = 12 bytes an element; with sums
+//            first element on at which every address is a multiple of 16; where there is none
+//            (views cut at different offsets), one element a lane, coalesced. The look-ahead is
+//            what "nothing is added" costs: an addition in floating point cannot be taken back.
+// Maxima     lanes 4 c .. 4 c + 3 hold chunk c of 32 elements: two shuffles and one store of 4
+// bytes. Traffic    bfloat16, squares only: read 2 (look) + 2 + 4, write 4 = 12 bytes an element;
+// with sums
 //            20; maxima 0.125 more. Bound: memory. Predicted on an H200 (look 4.3 TB/s, add 4.0):
 //            1e9 elements 3.0 ms, Llama-8B (8.03e9) 24 ms; gradients that fit in the 50 MB L2 are
 //            read from memory once.
 // Scratch    the table and 16 bytes.  Determinism  bitwise, any grid: elements are independent.
 // Limits     none on sizes or the number of tensors.
-#include "piece_ops/ops/accumulate_squares.h"
-
 #include "element.h"
+#include "piece_ops/ops/accumulate_squares.h"
 #include "tiles.h"
 
 namespace piece_ops::cuda {
@@ -38,7 +38,8 @@ constexpr int kCodes = 5;  // dtype of the grad | of second << 8 | elements befo
 constexpr int kColumns = 6;
 constexpr int64_t kNoVectors = 0xff;  // instead of that number: addresses never align together
 
-// ---- the look ------------------------------------------------------------------------------------
+// ---- the look
+// ------------------------------------------------------------------------------------
 
 template <class Element>
 __device__ __forceinline__ bool is_not_finite(typename Element::Bits bits) {
@@ -80,8 +81,8 @@ __device__ __forceinline__ int64_t count_in_tile(const DeviceTable& table, const
   return count;
 }
 
-__global__ void __launch_bounds__(kThreads, 6) look_kernel(DeviceTable table,
-                                                           unsigned long long* report) {
+__global__ void __launch_bounds__(kThreads, 6)
+    look_kernel(DeviceTable table, unsigned long long* report) {
   for_each_tile(table, kTile, [&](const Tile& tile) {
     if (count_in_tile(table, tile) != 0) {
       atomicMin(report, static_cast<unsigned long long>(tile.tensor));
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 6) look_kernel(DeviceTable table,
   });
 }
 
-// ---- the addition --------------------------------------------------------------------------------
+// ---- the addition
+// --------------------------------------------------------------------------------
 
 struct Chunks {
   Score score;
@@ -118,10 +120,10 @@ struct Adder {
   const Tile& tile;
   float weight;
   Chunks chunks;
-  float* squares;       // of the tile's first element; likewise below
+  float* squares;  // of the tile's first element; likewise below
   float* sums;
-  float* maxima;        // of the tile's first chunk
-  const void* second;   // of the tensor's first element
+  float* maxima;       // of the tile's first chunk
+  const void* second;  // of the tensor's first element
   DType second_dtype;
 
   __device__ __forceinline__ void add(float g, float& square, float& sum) const {
@@ -245,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, kHasMaxima ? 3 : 4)
   });
 }
 
-// ---- launcher ------------------------------------------------------------------------------------
+// ---- launcher
+// ------------------------------------------------------------------------------------
 
 // Elements before the first one at which all addresses are multiples of 16. A tile has a multiple
 // of 8 elements, so this holds for every tile of the tensor.
@@ -278,14 +281,15 @@ void launch_add(const Context& context, const DeviceTable& table, float weight,
 
 Table make_table(const AccumulateSquaresArgs& args, const ChunkMaxima& maxima) {
   const Score score = maxima.score;
-  const bool needs_squares = score == Score::kPlain || score == Score::kTaylor ||
-                             score == Score::kPieceS;
+  const bool needs_squares =
+      score == Score::kPlain || score == Score::kTaylor || score == Score::kPieceS;
   const bool needs_sums = score != Score::kPlain && score != Score::kTaylor;
   const bool needs_second = score_needs_second(score) && score != Score::kPieceS;
-  PIECE_OPS_CHECK(!maxima.maxima || (score != Score::kRandom && (!needs_squares || args.square_sums) &&
-                                     (!needs_sums || args.sums) && (!needs_second || maxima.second)),
-                  "piece_ops.accumulate_squares_: maxima of score ", static_cast<int>(score),
-                  " need accumulators or a second statistic that were not given");
+  PIECE_OPS_CHECK(
+      !maxima.maxima || (score != Score::kRandom && (!needs_squares || args.square_sums) &&
+                         (!needs_sums || args.sums) && (!needs_second || maxima.second)),
+      "piece_ops.accumulate_squares_: maxima of score ", static_cast<int>(score),
+      " need accumulators or a second statistic that were not given");
   return build_table(
       args.count, kTile, kColumns, [&](int64_t t) { return args.grads[t].n; },
       [&](int column, int64_t t) -> int64_t {

@@ -6,11 +6,10 @@
 // Indices  Each position is read once (and once more as its successor's neighbour, from L1), in
 //          tiles of 1024: 8 bytes a slot, 16 us for 8 M on an H200 (predicted). The first wrong one
 //          wins by an atomic minimum, so the report does not depend on timing.
-#include "piece_ops/ops/device.h"
-
 #include <cstdlib>
 #include <limits>
 
+#include "piece_ops/ops/device.h"
 #include "slots.h"
 #include "tiles.h"
 
@@ -22,7 +21,8 @@ namespace piece_ops::cuda {
 
 namespace {
 
-// ---- kernels -------------------------------------------------------------------------------------
+// ---- kernels
+// -------------------------------------------------------------------------------------
 
 template <int kCount>
 struct Words {
@@ -36,8 +36,8 @@ __global__ void write_words_kernel(Words<kCount> words, int64_t n, int64_t* to) 
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) to[i] = words.word[i];
 }
 
-__global__ void __launch_bounds__(kThreads, 6) check_indices_kernel(DeviceTable table,
-                                                                 unsigned long long* report) {
+__global__ void __launch_bounds__(kThreads, 6)
+    check_indices_kernel(DeviceTable table, unsigned long long* report) {
   for_each_tile(table, kSlotTile, [&](const Tile& tile) {
     const int64_t* indices = table_pointer<const int64_t>(table, kIndices, tile.tensor);
     const int64_t bound = table_word(table, kBound, tile.tensor);
@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kThreads, 6) check_indices_kernel(DeviceTable 
   });
 }
 
-// ---- host ----------------------------------------------------------------------------------------
+// ---- host
+// ----------------------------------------------------------------------------------------
 
 template <int kCount>
 int64_t write_some(const Context& context, const Table& table, int64_t done, int64_t* to) {
@@ -102,8 +103,9 @@ void require_device(int device) {
     (void)cudaGetLastError();
     fail(ErrorKind::kCuda, "piece_ops: a CUDA op needs an NVIDIA GPU and its driver, got ",
          cudaGetErrorName(error), " (", static_cast<int>(error), "): ",
-         error == cudaErrorNoDevice ? "the driver sees no GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES)"
-                                    : "no driver, or one older than this build's CUDA runtime");
+         error == cudaErrorNoDevice
+             ? "the driver sees no GPU (see nvidia-smi, CUDA_VISIBLE_DEVICES)"
+             : "no driver, or one older than this build's CUDA runtime");
   }
   PIECE_OPS_CUDA_CHECK(error);
   PIECE_OPS_CHECK(device >= 0 && device < count, "piece_ops: the CUDA device must be in 0..",
@@ -119,13 +121,14 @@ void require_device(int device) {
   for (const std::string& name : built_architectures()) names += " " + name;
   for (const Architecture& architecture : built) {
     // Machine code runs on its own major version from its minor on; PTX on anything later.
-    fits |= architecture.is_ptx ? capability >= architecture.number
-                                : architecture.number / 10 == major &&
-                                      architecture.number % 10 <= minor;
+    fits |= architecture.is_ptx
+                ? capability >= architecture.number
+                : architecture.number / 10 == major && architecture.number % 10 <= minor;
   }
   if (!fits) {
-    fail(ErrorKind::kCuda, "piece_ops: this build has CUDA code for", names, ", but device ", device,
-         " is sm_", capability, "; build with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=", capability);
+    fail(ErrorKind::kCuda, "piece_ops: this build has CUDA code for", names, ", but device ",
+         device, " is sm_", capability,
+         "; build with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=", capability);
   }
 }
 

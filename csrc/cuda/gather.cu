@@ -7,9 +7,8 @@
 //            8 M slots of bfloat16: 0.34 GB, predicted 0.09 ms on an H200 (4.3 TB/s).
 // Scratch    the table.  Determinism  bitwise.
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
-#include "piece_ops/ops/gather.h"
-
 #include "element.h"
+#include "piece_ops/ops/gather.h"
 #include "slots.h"
 
 namespace piece_ops::cuda {
@@ -21,7 +20,8 @@ constexpr int kValues = kFirstOwnColumn + 1;
 constexpr int kDTypes = kFirstOwnColumn + 2;  // of the source, of the values << 8
 constexpr int kColumns = kFirstOwnColumn + 3;
 
-// ---- kernel --------------------------------------------------------------------------------------
+// ---- kernel
+// --------------------------------------------------------------------------------------
 
 template <class Bits>
 __device__ __forceinline__ void copy_tile(const Tile& tile, const int64_t* indices,
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(DeviceTable table) {
 
 }  // namespace
 
-// ---- launcher ------------------------------------------------------------------------------------
+// ---- launcher
+// ------------------------------------------------------------------------------------
 
 Table make_table(const GatherArgs& args) {
   return build_table(

@@ -20,8 +20,8 @@
 #if defined(PIECE_OPS_CUDA_EMULATION)
 #define PIECE_OPS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
 #else
-#define PIECE_OPS_DYNAMIC_SHARED(T, name)                                     \
-  extern __shared__ __align__(16) unsigned char piece_ops_dynamic_shared[];  \
+#define PIECE_OPS_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char piece_ops_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(piece_ops_dynamic_shared)
 #endif
 
@@ -57,8 +57,8 @@ template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_shared_bytes,
             cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Parameters) == sizeof...(Args), "as many arguments as the kernel takes");
-  PIECE_OPS_CHECK(grid > 0 && grid <= 0x7fffffff, "piece_ops: a grid must have 1..2^31-1 blocks, got ",
-                  grid);
+  PIECE_OPS_CHECK(grid > 0 && grid <= 0x7fffffff,
+                  "piece_ops: a grid must have 1..2^31-1 blocks, got ", grid);
   const dim3 grid_blocks(static_cast<unsigned>(grid));
   const dim3 block_threads(static_cast<unsigned>(block));
 #if defined(PIECE_OPS_CUDA_EMULATION)

@@ -1,17 +1,18 @@
 // scatter.cu - target[indices[s]] = values[s] over many tensors; nothing else is written.
 //
-// What       docs/contracts.md, scatter_. Copies bits where the dtypes agree, else rounds float32 to
+// What       docs/contracts.md, scatter_. Copies bits where the dtypes agree, else rounds float32
+// to
 //            nearest even (math/rounding.h).
 // Algorithm  one launch; one warp takes tiles of 1024 slots; a lane reads 4 positions and 4 values,
 //            then writes 4 elements. Positions differ, so no two lanes write one element; stores of
 //            2 bytes leave the neighbours in the sector alone.
 // Traffic    per slot: index 8, value 2..8, target one 32-byte sector read and written back.
-//            8 M slots into bfloat16 from float32: 0.61 GB, predicted 0.15 ms on an H200 (4.0 TB/s).
+//            8 M slots into bfloat16 from float32: 0.61 GB, predicted 0.15 ms on an H200 (4.0
+//            TB/s).
 // Scratch    the table.  Determinism  bitwise.
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
-#include "piece_ops/ops/scatter.h"
-
 #include "element.h"
+#include "piece_ops/ops/scatter.h"
 #include "slots.h"
 
 namespace piece_ops::cuda {
@@ -23,7 +24,8 @@ constexpr int kValues = kFirstOwnColumn + 1;
 constexpr int kDTypes = kFirstOwnColumn + 2;  // of the target, of the values << 8
 constexpr int kColumns = kFirstOwnColumn + 3;
 
-// ---- kernel --------------------------------------------------------------------------------------
+// ---- kernel
+// --------------------------------------------------------------------------------------
 
 template <class Bits>
 __device__ __forceinline__ void copy_tile(const Tile& tile, const int64_t* indices, Bits* target,
@@ -73,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(DeviceTable table) {
 
 }  // namespace
 
-// ---- launcher ------------------------------------------------------------------------------------
+// ---- launcher
+// ------------------------------------------------------------------------------------
 
 Table make_table(const ScatterArgs& args) {
   return build_table(

@@ -4,7 +4,8 @@
 //              (values, exp_avgs, exp_avg_sqs)[s] <- adamw_step(..., grads)      (math/adamw.h)
 //              weight[i] <- values[s], rounded to nearest even into the weight's dtype
 //            grads hold one number a slot, or the dense gradient, which is then read at i.
-// Algorithm  one warp takes tiles of 1024 slots; a lane reads 4 positions, then 4 gradients, masters
+// Algorithm  one warp takes tiles of 1024 slots; a lane reads 4 positions, then 4 gradients,
+// masters
 //            and moments, computes, and writes 4 of each. Everything k-sized is coalesced.
 // Traffic    per slot, compact float32 gradients: read index 8 + grad 4 + 12, write 12, and one
 //            32-byte sector of the weight in and out: 100 bytes (dense gradients: 128). Llama-8B,
@@ -14,9 +15,8 @@
 //            (--fmad=false), IEEE division and square root. (The payload of a NaN may differ.)
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
 // Source     Loshchilov & Hutter, arXiv 1711.05101, Algorithm 2.
-#include "piece_ops/ops/sparse_adamw.h"
-
 #include "element.h"
+#include "piece_ops/ops/sparse_adamw.h"
 #include "slots.h"
 
 namespace piece_ops::cuda {
@@ -31,10 +31,11 @@ constexpr int kExpAvgSq = kFirstOwnColumn + 4;
 constexpr int kCodes = kFirstOwnColumn + 5;  // dtype of the weight | of the grad << 8 | dense << 16
 constexpr int kColumns = kFirstOwnColumn + 6;
 
-// ---- kernel --------------------------------------------------------------------------------------
+// ---- kernel
+// --------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads) sparse_adamw_kernel(DeviceTable table,
-                                                                AdamwFactors factors) {
+__global__ void __launch_bounds__(kThreads)
+    sparse_adamw_kernel(DeviceTable table, AdamwFactors factors) {
   for_each_tile(table, kSlotTile, [&](const Tile& tile) {
     const int64_t t = tile.tensor;
     void* weight = table_pointer<void>(table, kWeight, t);
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) sparse_adamw_kernel(DeviceTable tabl
 
 }  // namespace
 
-// ---- launcher ------------------------------------------------------------------------------------
+// ---- launcher
+// ------------------------------------------------------------------------------------
 
 Table make_table(const SparseAdamwArgs& args) {
   return build_table(

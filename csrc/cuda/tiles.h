@@ -74,14 +74,17 @@ __device__ __forceinline__ void for_each_tile(const DeviceTable& table, int64_t 
   for (; number < table.tiles; number += warps) body(get_tile(table, number, tile_size));
 }
 
-// ---- host ----------------------------------------------------------------------------------------
+// ---- host
+// ----------------------------------------------------------------------------------------
 
 inline cudaStream_t stream_of(const Context& context) {
   return static_cast<cudaStream_t>(context.stream);
 }
 
 // Makes the context's device current; the caller's framework restores its own choice.
-inline void use_device(const Context& context) { PIECE_OPS_CUDA_CHECK(cudaSetDevice(context.device)); }
+inline void use_device(const Context& context) {
+  PIECE_OPS_CUDA_CHECK(cudaSetDevice(context.device));
+}
 
 // As many blocks as the chip holds at once, but no more than there is work for. Call use_device
 // before.
@@ -90,8 +93,7 @@ int64_t persistent_grid(void (*kernel)(Parameters...), int device, int threads,
                         size_t dynamic_shared_bytes, int64_t blocks_of_work) {
   int processors = 0;
   int resident = 0;
-  PIECE_OPS_CUDA_CHECK(
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  PIECE_OPS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   PIECE_OPS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
                                                                      dynamic_shared_bytes));
   const int64_t fits = static_cast<int64_t>(processors) * std::max(resident, 1);

@@ -1,18 +1,18 @@
 // total.cu - the sum of all elements of many tensors, in float64, with the bits of the CPU.
 //
 // What       csrc/cpu/total.cpp fixes the order by the sizes alone: tiles of 64 Ki elements, each
-//            summed in 8 interleaved lanes (element i goes to lane i mod 8), lanes 0 to 7 added, and
-//            tile sums added in the caller's order. The same order here gives the same bits.
+//            summed in 8 interleaved lanes (element i goes to lane i mod 8), lanes 0 to 7 added,
+//            and tile sums added in the caller's order. The same order here gives the same bits.
 // Algorithm  1. one group of 8 threads takes a tile; thread l adds elements l, l + 8, ... in
 //            float64, 16 of them in flight (a group reads whole 32-byte sectors, a warp 4 tiles);
 //            2. one block adds the tile sums: 2048 at a time into shared memory, thread 0 adds.
-// Traffic    one read. Bound: memory, when there are more tiles than threads can hold (n > 1e9), else
+// Traffic    one read. Bound: memory, when there are more tiles than threads can hold (n > 1e9),
+// else
 //            the chain of 8192 additions a thread, some 0.1 to 0.2 ms; the second kernel adds 16
 //            cycles a tile. Predicted on an H200: 1e9 float32 1.1 ms (read floor 0.93), 8e9 8.6 ms.
 // Scratch    8 bytes a tile and the table.  Determinism  bitwise, any grid.
-#include "piece_ops/ops/total.h"
-
 #include "element.h"
+#include "piece_ops/ops/total.h"
 #include "tiles.h"
 
 namespace piece_ops::cuda {
@@ -26,7 +26,8 @@ constexpr int kTensor = 0;
 constexpr int kDType = 1;
 constexpr int kColumns = 2;
 
-// ---- kernels -------------------------------------------------------------------------------------
+// ---- kernels
+// -------------------------------------------------------------------------------------
 
 // Elements lane, lane + 8, ... of the tile.
 template <class Load>
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(DeviceTable table, 
 
 constexpr int kChunk = 2048;
 
-__global__ void __launch_bounds__(kThreads) add_tile_sums_kernel(const double* tile_sums, int64_t n,
-                                                                 double* result) {
+__global__ void __launch_bounds__(kThreads)
+    add_tile_sums_kernel(const double* tile_sums, int64_t n, double* result) {
   __shared__ double chunk[kChunk];
   double sum = 0.0;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(kThreads) add_tile_sums_kernel(const double* t
 
 }  // namespace
 
-// ---- launcher ------------------------------------------------------------------------------------
+// ---- launcher
+// ------------------------------------------------------------------------------------
 
 Table make_table(const TotalArgs& args) {
   return build_table(
@@ -116,9 +118,8 @@ void total(const Context& context, const DeviceTable& table, double* tile_sums, 
   if (table.tiles > 0) {
     constexpr int64_t groups_of_block = kThreads / kLanes;
     const int64_t blocks = (table.tiles + groups_of_block - 1) / groups_of_block;
-    launch(sum_tiles_kernel,
-           persistent_grid(sum_tiles_kernel, context.device, kThreads, 0, blocks), kThreads, 0,
-           stream_of(context), table, tile_sums);
+    launch(sum_tiles_kernel, persistent_grid(sum_tiles_kernel, context.device, kThreads, 0, blocks),
+           kThreads, 0, stream_of(context), table, tile_sums);
   }
   launch(add_tile_sums_kernel, 1, kThreads, 0, stream_of(context), tile_sums, table.tiles, result);
 }

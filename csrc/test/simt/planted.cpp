@@ -84,7 +84,8 @@ int main(int argc, char** argv) {
     if (is("not_in_mask")) launch(not_in_mask_kernel, 1, 32, 0, nullptr, out.data());
     if (is("shared_overrun")) launch(shared_overrun_kernel, 1, 64, 0, nullptr, out.data());
     if (is("dynamic_overrun")) launch(dynamic_overrun_kernel, 1, 64, 256, nullptr, out.data());
-    if (is("global_overrun")) launch(global_overrun_kernel, 1, 64, 0, nullptr, in.data(), out.data());
+    if (is("global_overrun"))
+      launch(global_overrun_kernel, 1, 64, 0, nullptr, in.data(), out.data());
     if (is("misaligned_vector")) {
       launch(misaligned_vector_kernel, 1, 1, 0, nullptr, in.data(), out.data());
     }

@@ -2,8 +2,8 @@
 //
 // A fiber is started when a CUDA thread is; a thread that never waits runs to its end, and the next
 // one starts on the same stack, so a kernel without barriers costs a plain call per thread. When a
-// thread waits, a further fiber starts the next thread; when all have started, waiting ones continue
-// in the order in which they were released. If none can, that is a deadlock.
+// thread waits, a further fiber starts the next thread; when all have started, waiting ones
+// continue in the order in which they were released. If none can, that is a deadlock.
 //
 // Under ThreadSanitizer (PIECE_OPS_SIMT_TSAN; this file itself is compiled without it) every thread
 // has a stack and a TSan fiber of its own, switched without an implied order; barriers order by
@@ -124,8 +124,8 @@ struct Thread {
   uint3 index{};
   int number = 0;
   Fiber* fiber = nullptr;
-  Place site;               // where it waits
-  WarpOp op{};              // what it brings to its warp
+  Place site;   // where it waits
+  WarpOp op{};  // what it brings to its warp
   unsigned mask = 0;
   uint64_t value = 0;
   int source = 0;
@@ -469,8 +469,7 @@ void conclude(Warp& warp, Meeting& meeting, Thread* lanes) {
       case WarpOp::kShuffle:
         if (!(meeting.mask >> (thread.source & 31) & 1u)) {
           stop("simt: lane " + std::to_string(lane) + " shuffles from lane " +
-               std::to_string(thread.source) + ", which is not in the mask; " +
-               where(thread.site));
+               std::to_string(thread.source) + ", which is not in the mask; " + where(thread.site));
         }
         thread.result = lanes[thread.source & 31].value;
         break;

@@ -1,14 +1,17 @@
 // simt.h - the CUDA that csrc/cuda uses, on one CPU thread: for tests only.
 //
-// A .cu file is compiled by g++ with -DPIECE_OPS_CUDA_EMULATION; its kernels then run on fibers, one
-// for every CUDA thread that ever waits (simt.cpp). What each thing checks:
+// A .cu file is compiled by g++ with -DPIECE_OPS_CUDA_EMULATION; its kernels then run on fibers,
+// one for every CUDA thread that ever waits (simt.cpp). What each thing checks:
 //
-//   __syncthreads    a thread that ends or waits elsewhere is a deadlock, reported with who waits where
+//   __syncthreads    a thread that ends or waits elsewhere is a deadlock, reported with who waits
+//   where
 //   *_sync           lanes outside the mask, lanes that never come, shuffles from a lane outside
 //   __shared__       static arrays: AddressSanitizer puts red zones round them
 //   dynamic shared   exactly as long as asked for, filled with 0xCD for every block
-//   races            ThreadSanitizer: every CUDA thread is a fiber of its own; barriers order, shuffles
-//                    and ballots do not (as in CUDA, only __syncwarp and __syncthreads order memory)
+//   races            ThreadSanitizer: every CUDA thread is a fiber of its own; barriers order,
+//   shuffles
+//                    and ballots do not (as in CUDA, only __syncwarp and __syncthreads order
+//                    memory)
 //   order            a seed shuffles blocks, warps and lanes (set_seed)
 //   barriers         one of them can be skipped by file and line (skip_barrier): mutation tests
 //
@@ -32,7 +35,8 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
-// ---- types ---------------------------------------------------------------------------------------
+// ---- types
+// ---------------------------------------------------------------------------------------
 
 struct uint3 {
   unsigned x, y, z;
@@ -67,7 +71,8 @@ extern dim3 blockDim;
 extern dim3 gridDim;
 constexpr int warpSize = 32;
 
-// ---- the machine ---------------------------------------------------------------------------------
+// ---- the machine
+// ---------------------------------------------------------------------------------
 
 namespace simt {
 
@@ -83,8 +88,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* state
 
 template <class Function>
 void run(dim3 grid, dim3 block, size_t shared_bytes, Function function) {
-  run_grid(grid, block, shared_bytes, [](void* state) { (*static_cast<Function*>(state))(); },
-           &function);
+  run_grid(
+      grid, block, shared_bytes, [](void* state) { (*static_cast<Function*>(state))(); },
+      &function);
 }
 
 void* dynamic_shared();
@@ -196,17 +202,15 @@ struct Site {
 #define __shfl_up_sync(...) PIECE_OPS_SIMT_SITE.up(__VA_ARGS__)
 #define __shfl_down_sync(...) PIECE_OPS_SIMT_SITE.down(__VA_ARGS__)
 #define __shfl_xor_sync(...) PIECE_OPS_SIMT_SITE.exchange(__VA_ARGS__)
-#define __ballot_sync(mask, p)                                                                \
-  static_cast<unsigned>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kBallot, mask, (p) ? 1u : 0u, \
-                                               "__ballot_sync"))
-#define __any_sync(mask, p)                                                           \
-  static_cast<int>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kAny, mask, (p) ? 1u : 0u, \
-                                          "__any_sync"))
-#define __all_sync(mask, p)                                                           \
-  static_cast<int>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kAll, mask, (p) ? 1u : 0u, \
-                                          "__all_sync"))
-#define __match_any_sync(mask, value)                                             \
-  static_cast<unsigned>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kMatch, mask,      \
+#define __ballot_sync(mask, p) \
+  static_cast<unsigned>(       \
+      PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kBallot, mask, (p) ? 1u : 0u, "__ballot_sync"))
+#define __any_sync(mask, p) \
+  static_cast<int>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kAny, mask, (p) ? 1u : 0u, "__any_sync"))
+#define __all_sync(mask, p) \
+  static_cast<int>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kAll, mask, (p) ? 1u : 0u, "__all_sync"))
+#define __match_any_sync(mask, value)                                        \
+  static_cast<unsigned>(PIECE_OPS_SIMT_SITE.op(::simt::WarpOp::kMatch, mask, \
                                                ::simt::to_word(value), "__match_any_sync"))
 #define PIECE_OPS_SIMT_REDUCE(kind, mask, value, name) \
   static_cast<unsigned>(                               \
@@ -217,7 +221,8 @@ struct Site {
 #define __reduce_or_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kOr, mask, v, "__reduce_or_sync")
 #define __reduce_and_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kAnd, mask, v, "__reduce_and_sync")
 
-// ---- intrinsics of one thread --------------------------------------------------------------------
+// ---- intrinsics of one thread
+// --------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -284,21 +289,21 @@ T update(T* p, Change change) {
 }
 }  // namespace simt
 
-#define PIECE_OPS_SIMT_INTEGER_ATOMICS(T)                                              \
-  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); } \
-  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }   \
-  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); } \
-  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); } \
-  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); } \
-  inline T atomicMax(T* p, T v) {                                                      \
-    return simt::update(p, [v](T old) { return old < v ? v : old; });                  \
-  }                                                                                    \
-  inline T atomicMin(T* p, T v) {                                                      \
-    return simt::update(p, [v](T old) { return v < old ? v : old; });                  \
-  }                                                                                    \
-  inline T atomicCAS(T* p, T expected, T v) {                                          \
+#define PIECE_OPS_SIMT_INTEGER_ATOMICS(T)                                                    \
+  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }         \
+  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }     \
+  inline T atomicMax(T* p, T v) {                                                            \
+    return simt::update(p, [v](T old) { return old < v ? v : old; });                        \
+  }                                                                                          \
+  inline T atomicMin(T* p, T v) {                                                            \
+    return simt::update(p, [v](T old) { return v < old ? v : old; });                        \
+  }                                                                                          \
+  inline T atomicCAS(T* p, T expected, T v) {                                                \
     __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
-    return expected;                                                                   \
+    return expected;                                                                         \
   }
 PIECE_OPS_SIMT_INTEGER_ATOMICS(int)
 PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned)
@@ -311,7 +316,8 @@ inline double atomicAdd(double* p, double v) {
   return simt::update(p, [v](double old) { return old + v; });
 }
 
-// ---- the host's side of the runtime --------------------------------------------------------------
+// ---- the host's side of the runtime
+// --------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
@@ -369,7 +375,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int,
+                                                          size_t) {
   return *blocks = simt::blocks_per_multiprocessor(), cudaSuccess;
 }
 template <class... P>

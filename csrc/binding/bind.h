@@ -1,4 +1,5 @@
-// cuda.h - the CUDA ops' part of the module; also bound, over the emulated kernels, for the tests.
+// bind.h - the parts of the module. The CUDA ops' part is also bound over emulated kernels, for the
+// tests.
 #pragma once
 
 #include <pybind11/pybind11.h>
