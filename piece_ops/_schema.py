@@ -222,7 +222,7 @@ def check_select_topk(
 
 
 def check_k(k: Sequence[int], sizes: Sequence[int], excluded: Sequence[int]) -> None:
-    """Check each k against its candidates: before the output is allocated, since k may be a slip."""
+    """Check each k against its candidates, before the output of that size is allocated."""
     by_tensor = len(k) > 1
     for t, own_k in enumerate(k):
         parts = slice(t, t + 1) if by_tensor else slice(None)
