@@ -1,8 +1,9 @@
-"""Files of tensors with a JSON header: written whole or not at all, read with clear errors.
+"""Files written whole or not at all, and files of tensors read with clear errors.
 
-A file is safetensors; its metadata holds three strings: ``format`` (what it is), ``version`` and
-``info`` (JSON). It is written beside its destination under a temporary name, flushed to the disk
-and renamed, so a reader never sees half a file and an interrupted run leaves the old one.
+A file is written beside its destination under a temporary name, flushed to the disk and renamed, so
+a reader never sees half a file and an interrupted run leaves the old one. Files of tensors are
+safetensors; their metadata holds three strings: ``format`` (what it is), ``version`` and ``info``
+(JSON).
 """
 
 from __future__ import annotations
@@ -18,6 +19,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, flush it to the disk, rename it to `path`.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written; what was at `path` is then untouched.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of `folder` (names made or renamed in it) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically; the folder must exist."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
 def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
@@ -27,21 +67,8 @@ def write_tensors(
     info: Mapping[str, Any],
 ) -> None:
     """Write `tensors` and `info` to `path` atomically; parent directories must exist."""
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     header = {"format": file_format, "version": str(version), "info": json.dumps(info)}
-    try:
-        save_file(dict(tensors), temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
+    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=header))
 
 
 def read_tensors(

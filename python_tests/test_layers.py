@@ -24,6 +24,7 @@ PYTHON_FLOORS = {
     "_schema": 1,
     "_arrays": 1,
     "_topk": 2,
+    "_files": 0,
     "backends": 2,
     "functional": 3,
     "importance": 4,

@@ -1,4 +1,4 @@
-// element.h - one element of a view, and tiles of selected slots.
+// element.h - one element of a view.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,6 @@
 #include "piece_ops/math/rounding.h"
 
 namespace piece_ops::cpu {
-
-// Slots cost a cache miss each, so their tiles are smaller than those of dense elements.
-constexpr int64_t kSlotTile = 4096;
 
 // Calls body with a zero of the unsigned type as wide as the dtype.
 template <class Body>

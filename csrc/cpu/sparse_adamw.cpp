@@ -16,40 +16,34 @@
 #include "element.h"
 #include "indices.h"
 #include "isa.h"
-#include "parallel.h"
 
 namespace piece_ops::cpu {
 
 void sparse_adamw(const Context& context, const SparseAdamwArgs& args) {
   const Bodies& bodies = *active_isa().bodies;
-  for (int64_t t = 0; t < args.count; ++t) {
-    check_indices("sparse_adamw_", "indices", t, args.indices[t], args.weights[t].n);
-  }
-  const std::vector<Tile> tiles =
-      make_tiles(args.count, [&](int64_t t) { return args.indices[t].n; }, kSlotTile);
-  const int64_t n_tiles = static_cast<int64_t>(tiles.size());
-  const int threads = usable_threads(context.threads, n_tiles, elements_of(tiles));
-  parallel_for(threads, n_tiles, 1, [&](int, int64_t i) {
-    const Tile& tile = tiles[i];
-    const int64_t t = tile.tensor;
-    const int64_t* index = args.indices[t].data + tile.begin;
-    const ConstView& grad = args.grads[t];
-    float* values = args.values[t] + tile.begin;
+  const auto size = [&](int64_t t) { return args.weights[t].n; };
+  for_each_slot_tile(context, "sparse_adamw_", args.count, args.indices, size,
+                     [&](const Tile& tile, const int64_t* index) {
+                       const int64_t t = tile.tensor;
+                       const ConstView& grad = args.grads[t];
+                       float* values = args.values[t] + tile.begin;
 
-    float wide[kSlotTile];
-    const float* g = wide;
-    if (grad.n != args.indices[t].n) {  // dense
-      for (int64_t s = 0; s < tile.n; ++s) wide[s] = load_float(grad, index[s]);
-    } else if (grad.dtype == DType::kFloat32) {
-      g = static_cast<const float*>(grad.data) + tile.begin;
-    } else {
-      bodies.to_float(grad.dtype, static_cast<const uint16_t*>(grad.data) + tile.begin, wide,
-                      tile.n);
-    }
-    bodies.adamw(values, args.exp_avgs[t] + tile.begin, args.exp_avg_sqs[t] + tile.begin, g, tile.n,
-                 args.factors);
-    for (int64_t s = 0; s < tile.n; ++s) store_float(args.weights[t], index[s], values[s]);
-  });
+                       float wide[kSlotTile];
+                       const float* g = wide;
+                       if (grad.n != args.indices[t].n) {  // dense
+                         for (int64_t s = 0; s < tile.n; ++s) wide[s] = load_float(grad, index[s]);
+                       } else if (grad.dtype == DType::kFloat32) {
+                         g = static_cast<const float*>(grad.data) + tile.begin;
+                       } else {
+                         bodies.to_float(grad.dtype,
+                                         static_cast<const uint16_t*>(grad.data) + tile.begin, wide,
+                                         tile.n);
+                       }
+                       bodies.adamw(values, args.exp_avgs[t] + tile.begin,
+                                    args.exp_avg_sqs[t] + tile.begin, g, tile.n, args.factors);
+                       for (int64_t s = 0; s < tile.n; ++s)
+                         store_float(args.weights[t], index[s], values[s]);
+                     });
 }
 
 }  // namespace piece_ops::cpu

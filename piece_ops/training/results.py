@@ -1,0 +1,231 @@
+"""The results of a run: what was measured after every task, kept in ``results.json``.
+
+Row 0 of every matrix is the base model, row i the model after task i. Numbers that are not finite
+(a model that diverged) are written as null, since JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import piece_ops
+from piece_ops import _native
+from piece_ops._files import write_json
+from piece_ops.training.extra import require
+from piece_ops.training.output import FORMAT, RESULTS
+from piece_ops.training.settings import Settings
+
+VERSION = 1
+Matrix = list[list[float | None]]
+
+
+@dataclass
+class TaskRecord:
+    """What one task was and what its training did.
+
+    Attributes
+    ----------
+    name, path, held_out_split : str
+    train_rows, held_out_rows, truncated_rows : int
+        `truncated_rows` of both kinds lost the start of their prompt to `max_tokens`.
+    trained : int or None
+        Parameters trained; None before the task's turn.
+    threshold : float or None
+        Smallest score selected (None for ``full``).
+    losses : list of float
+        Training loss of every step.
+    seconds : dict
+        Wall time of the phases: ``select``, ``train``, ``evaluate``, ``general``, ``statistics``.
+    """
+
+    name: str
+    path: str
+    held_out_split: str
+    train_rows: int
+    held_out_rows: int
+    truncated_rows: int
+    trained: int | None = None
+    threshold: float | None = None
+    losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class TextRecord:
+    """One general text: its name, its file and how many tokens of it are used."""
+
+    name: str
+    path: str
+    tokens: int
+
+
+@dataclass
+class Results:
+    """Everything a run reports.
+
+    Attributes
+    ----------
+    model : str
+        Folder or hub id of the base model.
+    settings : Settings
+    parameters : int
+        N, all parameters of the model; a tied weight counts once.
+    tasks : list of TaskRecord
+        In the order of learning.
+    texts : list of TextRecord
+    accuracy, loss : list of rows
+        Row i, column j: on task j after task i (row 0: the base model, all tasks); None where not
+        measured.
+    general : list of rows
+        Row i, column j: mean loss in nats per token on text j after task i; its exp is the
+        perplexity.
+    base_seconds : dict
+        Wall time of loading and of measuring the base model.
+    peak_rss_bytes : int
+        Most resident memory of the process so far.
+    complete : bool
+        Whether the run has reached its end.
+    started : str
+        UTC time.
+    """
+
+    model: str
+    settings: Settings
+    parameters: int
+    tasks: list[TaskRecord]
+    texts: list[TextRecord]
+    accuracy: Matrix = field(default_factory=list)
+    loss: Matrix = field(default_factory=list)
+    general: Matrix = field(default_factory=list)
+    base_seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    complete: bool = False
+    started: str = field(default_factory=lambda: utc_now())
+
+    def summary(self) -> dict[str, float | None]:
+        """Reduce the matrices to the usual few numbers.
+
+        Returns
+        -------
+        dict
+            ``accuracy_base``: mean over tasks of the base model; ``accuracy_learned``: mean of
+            R[i][i], each task right after its own training; ``accuracy_final``: mean of the last
+            row; ``backward_transfer``: mean over all tasks but the last of final minus R[i][i]
+            (negative: forgetting; None for one task); ``loss_*`` likewise (for losses a positive
+            ``loss_backward_transfer`` is forgetting); ``log_perplexity_drift``: mean over the texts
+            of the last row minus row 0.
+        """
+        reached = len(self.accuracy) - 1
+        numbers: dict[str, float | None] = {}
+        for prefix, matrix in (("accuracy", self.accuracy), ("loss", self.loss)):
+            base = [row for row in matrix[0][:reached]] if reached > 0 else []
+            learned = [matrix[i + 1][i] for i in range(reached)]
+            final = matrix[reached][:reached] if reached > 0 else []
+            numbers[f"{prefix}_base"] = mean(base)
+            numbers[f"{prefix}_learned"] = mean(learned)
+            numbers[f"{prefix}_final"] = mean(final)
+            numbers[f"{prefix}_backward_transfer"] = mean(
+                [difference(f, s) for f, s in zip(final[:-1], learned[:-1], strict=True)]
+            )
+        drift = []
+        if len(self.general) > 1:
+            drift = [
+                difference(a, b) for a, b in zip(self.general[-1], self.general[0], strict=True)
+            ]
+        numbers["log_perplexity_drift"] = mean(drift)
+        return numbers
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": self.complete,
+            "started": self.started,
+            "written": utc_now(),
+            "model": self.model,
+            "parameters": self.parameters,
+            "settings": self.settings.as_dict(),
+            "tasks": [_finite(asdict(task)) for task in self.tasks],
+            "texts": [asdict(text) for text in self.texts],
+            "accuracy": _finite(self.accuracy),
+            "loss": _finite(self.loss),
+            "general_loss": _finite(self.general),
+            "summary": _finite(self.summary()),
+            "base_seconds": self.base_seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write ``results.json`` into `folder`, atomically."""
+        self.peak_rss_bytes = peak_rss_bytes()
+        write_json(folder / RESULTS, self.as_dict())
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def difference(a: float | None, b: float | None) -> float | None:
+    """Return a - b, or None when one of them was not measured."""
+    return None if a is None or b is None else a - b
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Return the mean, or None when there is nothing or something was not measured."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _finite(value: Any) -> Any:
+    """Replace floats that JSON cannot hold by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a result."""
+    return {
+        "piece_ops": piece_ops.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": str(require("transformers", "a run").__version__),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what kind of machine this is, without naming it."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _native.describe()["isa"],
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Return the most resident memory this process ever had, 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
