@@ -1,6 +1,7 @@
 """One process of the emulated tests: small cases of every op, against the CPU backend, bit for bit.
 
-``python emulated_worker.py run`` runs them all once and ends with 0 if everything agrees.
+``python emulated_worker.py run [KIND ...]`` runs them once (all, or those of some kinds of `CASES`)
+and ends with 0 if everything agrees.
 ``python emulated_worker.py mutants <file>:<line> ...`` forks a child for every barrier named, which
 leaves that barrier out, and prints as JSON how each child ended: 0 nothing noticed, 1 wrong result,
 2 an error of the emulation (a deadlock, say), 66 ThreadSanitizer's report, negative a signal.
@@ -166,7 +167,8 @@ def main(argv: list[str]) -> int:
     extension.set_device(2, 2)
     with emulation(extension):
         if argv[0] == "run":
-            run_cases()
+            for only in argv[1:] or [""]:
+                run_cases(only)
         else:
             print(json.dumps(run_mutants(extension, argv[1:])))
     return 0
