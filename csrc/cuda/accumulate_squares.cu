@@ -132,10 +132,15 @@ struct Adder {
   }
 
   __device__ __forceinline__ uint32_t key_of(int64_t i, float square, float sum) const {
-    const float first = first_is_square(chunks.score) ? square : sum;
     float other = square;
     if (second) other = load_float(second, second_dtype, tile.begin + i);
-    return chunk_key(evaluate_score(chunks.score, first, other, chunks.constant));
+    // make_table refused the formulas whose accumulators are absent; leaving them out here as well
+    // makes the binary a third smaller.
+    const Score score = chunks.score;
+    if (!kHasSums) return chunk_key(score == Score::kTaylor ? score_taylor(square, other) : square);
+    if (!kHasSquares && score == Score::kPieceS) return 0;
+    const float first = first_is_square(score) ? square : sum;
+    return chunk_key(evaluate_score(score, first, other, chunks.constant));
   }
 
   // One element; its key, when maxima are wanted.
