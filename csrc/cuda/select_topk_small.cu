@@ -49,7 +49,7 @@ PIECE_OPS_DEVICE uint32_t block_scan(uint32_t own, uint32_t (&warp_sums)[kWarps]
 }
 
 template <TopkInput kInput, class K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     small_kernel(const TopkRow* rows, TopkFormula formula, const int64_t* check, bool nan_is_lowest,
                  int64_t* indices, int64_t* counts, TopkReport* reports) {
   using T = ScoreOf<kInput>;
