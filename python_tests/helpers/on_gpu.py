@@ -14,10 +14,13 @@ from torch import Tensor
 from helpers.emulated import cuda_implementations
 
 
+DEVICE = "cuda"
+
+
 def moved(x: Tensor) -> Tensor:
     """A copy on the GPU that starts as far from a 16-byte boundary as the original may do."""
     offset = x.storage_offset() % 8
-    whole = torch.empty(x.numel() + offset, dtype=x.dtype, device="cuda")
+    whole = torch.empty(x.numel() + offset, dtype=x.dtype, device=DEVICE)
     return whole[offset:].view(x.shape).copy_(x.detach())
 
 
