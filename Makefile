@@ -4,21 +4,27 @@
 #   make test       the test suite           make bench     time everything beside its peers
 #   make lint       format and type checks   make sanitize  ASan + UBSan on native and op tests
 #   make format     apply the formatters     make build     compile and install in place again
+#
+# On a machine with an NVIDIA GPU, torch, nvcc, CMake and ninja; these two use $(PYTHON) itself:
+#   make test-cuda  every op on the GPU      make bench-cuda  time it (DRY=1: list rows, no GPU)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The environment's torch may be a CPU build, and CUDA kernels for all architectures take minutes:
+# they are compiled by the tests, and in place by test-cuda. PIECE_OPS_CUDA=AUTO builds them here too.
+export PIECE_OPS_CUDA ?= OFF
 
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-SOURCES := $(CPP_FILES) CMakeLists.txt setup.py
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+SOURCES := $(CPP_FILES) CMakeLists.txt $(wildcard cmake/*.cmake) setup.py
 SANITIZED := .san
 # libstdc++ too: ASan must find __cxa_throw before the interpreter loads a C++ module.
 SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) \
   $(shell $(CXX) -print-file-name=libstdc++.so)
 CXX ?= g++
 
-.PHONY: build demo test slow bench lint format sanitize clean
+.PHONY: build demo test slow bench lint format sanitize clean in-place test-cuda bench-cuda
 .DEFAULT_GOAL := test
 
 # torch first and by itself: its exact version, so that no newer build is fetched in its place.
@@ -82,6 +88,15 @@ sanitize: $(VENV)/.extra-test
 	  $(wildcard python_tests/test_accumulate_squares.py python_tests/test_select_topk*.py \
 	    python_tests/test_sparse_adamw.py python_tests/test_gather.py \
 	    python_tests/test_scatter.py python_tests/test_total.py)
+
+in-place:
+	$(PYTHON) cmake/build_in_place.py
+
+test-cuda: in-place
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(PYTHON) -m gpu.run
+
+bench-cuda: $(if $(DRY),,in-place)
+	$(PYTHON) -m bench.cuda $(if $(DRY),--dry,--out bench/results/cuda.jsonl)
 
 clean:
 	rm -rf build dist $(SANITIZED) *.egg-info piece_ops/_C.*

@@ -221,6 +221,21 @@ def check_select_topk(
     check_same_device(op, first, second, exclude)
 
 
+def check_k(k: Sequence[int], sizes: Sequence[int], excluded: Sequence[int]) -> None:
+    """Check each k against its candidates, before the output of that size is allocated."""
+    by_tensor = len(k) > 1
+    for t, own_k in enumerate(k):
+        parts = slice(t, t + 1) if by_tensor else slice(None)
+        candidates = sum(sizes[parts]) - sum(excluded[parts])
+        if not 0 <= own_k <= candidates:
+            where = f" in scores[{t}]" if by_tensor else ""
+            left_out = f", {sum(excluded[parts])} excluded" if excluded else ""
+            raise ValueError(
+                f"piece_ops.select_topk: k must be in 0..{candidates} (the number of scores"
+                f"{where}{left_out}), got {own_k}"
+            )
+
+
 @register_fake("select_topk")
 def _fake_select_topk(
     first: list[Tensor],
@@ -235,11 +250,13 @@ def _fake_select_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_select_topk(first, second, k, exclude, score, constant, seed, nan, algorithm)
     like = first[0]
+    # The CUDA backend reads these anyway when it reads its report; they stay on the host.
+    device = "cpu" if like.device.type == "cuda" else like.device
     return (
         like.new_empty([sum(k)], dtype=torch.int64),
-        like.new_empty([len(first)], dtype=torch.int64),
-        like.new_empty([len(k)], dtype=torch.float64),
-        like.new_empty([len(k)], dtype=torch.int64),
+        like.new_empty([len(first)], dtype=torch.int64, device=device),
+        like.new_empty([len(k)], dtype=torch.float64, device=device),
+        like.new_empty([len(k)], dtype=torch.int64, device=device),
     )
 
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "bind.h"
 #include "piece_ops/core/check.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
@@ -16,49 +17,14 @@
 #include "piece_ops/ops/select_topk.h"
 #include "piece_ops/ops/sparse_adamw.h"
 #include "piece_ops/ops/total.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace piece_ops;
-using Ints = std::vector<int64_t>;
-
-// dtypes has one code for all tensors, or one each.
-template <class AnyView>
-std::vector<AnyView> make_views(const Ints& addresses, const Ints& sizes, const Ints& dtypes) {
-  PIECE_OPS_CHECK(addresses.size() == sizes.size(), "piece_ops._C: ", addresses.size(),
-                  " addresses, but ", sizes.size(), " sizes");
-  PIECE_OPS_CHECK(dtypes.size() == 1 || dtypes.size() == addresses.size() || addresses.empty(),
-                  "piece_ops._C: ", dtypes.size(), " dtypes for ", addresses.size(), " tensors");
-  std::vector<AnyView> views(addresses.size());
-  for (size_t t = 0; t < addresses.size(); ++t) {
-    const int64_t dtype = dtypes[dtypes.size() == 1 ? 0 : t];
-    PIECE_OPS_CHECK(dtype >= 0 && dtype < kDTypeCount, "piece_ops._C: unknown dtype ", dtype);
-    PIECE_OPS_CHECK(sizes[t] >= 0 && (addresses[t] != 0 || sizes[t] == 0),
-                    "piece_ops._C: null address of tensor ", t);
-    views[t] = {reinterpret_cast<void*>(addresses[t]), sizes[t], static_cast<DType>(dtype)};
-  }
-  return views;
-}
-
-std::vector<IndexView> make_index_views(const Ints& addresses, const Ints& sizes) {
-  PIECE_OPS_CHECK(addresses.size() == sizes.size(), "piece_ops._C: ", addresses.size(),
-                  " addresses, but ", sizes.size(), " sizes");
-  std::vector<IndexView> views(addresses.size());
-  for (size_t t = 0; t < addresses.size(); ++t) {
-    views[t] = {reinterpret_cast<const int64_t*>(addresses[t]), sizes[t]};
-  }
-  return views;
-}
-
-std::vector<float*> make_pointers(const Ints& addresses) {
-  std::vector<float*> pointers(addresses.size());
-  for (size_t t = 0; t < addresses.size(); ++t)
-    pointers[t] = reinterpret_cast<float*>(addresses[t]);
-  return pointers;
-}
-
+using namespace piece_ops::binding;
 Context cpu_context(int threads) {
   Context context;
   context.threads = threads;
@@ -225,18 +191,13 @@ uint64_t read_bandwidth_probe(int64_t address, int64_t n_bytes, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const Error& e) {
-      PyObject* type = e.kind == ErrorKind::kArgument      ? PyExc_ValueError
-                       : e.kind == ErrorKind::kUnsupported ? PyExc_NotImplementedError
-                                                           : PyExc_RuntimeError;
-      PyErr_SetString(type, e.what());
-    }
-  });
+  translate_errors();
   m.attr("version") = PIECE_OPS_VERSION;
-  m.attr("cuda_architectures") = py::tuple();  // none in this build
+#if defined(PIECE_OPS_WITH_CUDA)
+  bind_cuda(m);
+#else
+  m.attr("cuda_architectures") = py::tuple();
+#endif
   m.def("active_isa", [] { return cpu::active_isa().name; });
   m.def("supported_isas", [] {
     std::vector<std::string> names;

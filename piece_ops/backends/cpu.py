@@ -5,29 +5,13 @@ Threads: as many as torch uses (``torch.set_num_threads``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops._native import extension
 from piece_ops._schema import register
-
-
-def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _sizes(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.numel, tensors))
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> list[int]:
-    """One code for all where they agree: a list of 10,000 costs its conversion."""
-    dtypes = list(map(_schema.dtype_of, tensors))
-    distinct = dtypes[:1] if len(set(dtypes)) == 1 else dtypes
-    return [_schema.DTYPE_CODES[dtype] for dtype in distinct]
+from piece_ops.backends._lists import addresses, dtypes, sizes
 
 
 @register("accumulate_squares_", "CPU")
@@ -36,11 +20,11 @@ def accumulate_squares_(
 ) -> None:
     _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
     tensor, count = extension().accumulate_squares(
-        _addresses(square_sums),
-        _addresses(sums),
-        _addresses(grads),
-        _sizes(grads),
-        _dtypes(grads),
+        addresses(square_sums),
+        addresses(sums),
+        addresses(grads),
+        sizes(grads),
+        dtypes(grads),
         weight,
         torch.get_num_threads(),
     )
@@ -66,28 +50,18 @@ def select_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _schema.check_select_topk(first, second, k, exclude, score, constant, seed, nan, algorithm)
     by_tensor = len(k) > 1
-    sizes = _sizes(first)
-    # Checked before the output is allocated: k may be a slip of many gigabytes.
-    excluded = _sizes(exclude)
-    for t, own_k in enumerate(k):
-        parts = slice(t, t + 1) if by_tensor else slice(None)
-        candidates = sum(sizes[parts]) - sum(excluded[parts])
-        if not 0 <= own_k <= candidates:
-            where = f" in scores[{t}]" if by_tensor else ""
-            left_out = f", {sum(excluded[parts])} excluded" if exclude else ""
-            raise ValueError(
-                f"piece_ops.select_topk: k must be in 0..{candidates} (the number of scores"
-                f"{where}{left_out}), got {own_k}"
-            )
+    numels = sizes(first)
+    excluded = sizes(exclude)
+    _schema.check_k(k, numels, excluded)
     indices = torch.empty(sum(k), dtype=torch.int64)
     counts = torch.empty(len(first), dtype=torch.int64)
     thresholds, ties_kept, nan_tensor, nan_count, _passes = extension().select_topk(
-        _addresses(first),
-        sizes,
-        _dtypes(first),
-        _addresses(second),
-        _dtypes(second),
-        _addresses(exclude),
+        addresses(first),
+        numels,
+        dtypes(first),
+        addresses(second),
+        dtypes(second),
+        addresses(exclude),
         excluded,
         k,
         by_tensor,
@@ -103,7 +77,7 @@ def select_topk(
     if nan_tensor >= 0:
         raise ValueError(
             f"piece_ops.select_topk: scores[{nan_tensor}] must not be NaN, got {nan_count} NaN of "
-            f"{sizes[nan_tensor]}; nan='lowest' ranks them below everything"
+            f"{numels[nan_tensor]}; nan='lowest' ranks them below everything"
         )
     return (
         indices,
@@ -131,17 +105,17 @@ def sparse_adamw_(
     numbers = (step, lr, beta1, beta2, eps, weight_decay)
     _schema.check_sparse_adamw_(weights, indices, values, grads, exp_avgs, exp_avg_sqs, *numbers)
     extension().sparse_adamw(
-        _addresses(weights),
-        _sizes(weights),
-        _dtypes(weights),
-        _addresses(indices),
-        _sizes(indices),
-        _addresses(values),
-        _addresses(grads),
-        _sizes(grads),
-        _dtypes(grads),
-        _addresses(exp_avgs),
-        _addresses(exp_avg_sqs),
+        addresses(weights),
+        sizes(weights),
+        dtypes(weights),
+        addresses(indices),
+        sizes(indices),
+        addresses(values),
+        addresses(grads),
+        sizes(grads),
+        dtypes(grads),
+        addresses(exp_avgs),
+        addresses(exp_avg_sqs),
         *numbers,
         torch.get_num_threads(),
     )
@@ -155,13 +129,13 @@ def gather(
     _schema.check_gather(sources, indices, dtype)
     values = _schema.new_values(sources, indices, dtype)
     extension().gather(
-        _addresses(sources),
-        _sizes(sources),
-        _dtypes(sources),
-        _addresses(indices),
-        _sizes(indices),
-        _addresses(values),
-        _dtypes(values),
+        addresses(sources),
+        sizes(sources),
+        dtypes(sources),
+        addresses(indices),
+        sizes(indices),
+        addresses(values),
+        dtypes(values),
         torch.get_num_threads(),
     )
     return values
@@ -171,13 +145,13 @@ def gather(
 def scatter_(targets: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
     _schema.check_scatter_(targets, indices, values)
     extension().scatter(
-        _addresses(targets),
-        _sizes(targets),
-        _dtypes(targets),
-        _addresses(indices),
-        _sizes(indices),
-        _addresses(values),
-        _dtypes(values),
+        addresses(targets),
+        sizes(targets),
+        dtypes(targets),
+        addresses(indices),
+        sizes(indices),
+        addresses(values),
+        dtypes(values),
         torch.get_num_threads(),
     )
     _schema.bump_versions(targets)
@@ -187,5 +161,5 @@ def scatter_(targets: list[Tensor], indices: list[Tensor], values: list[Tensor])
 def total(tensors: list[Tensor]) -> Tensor:
     _schema.check_total(tensors)
     threads = torch.get_num_threads()
-    number = extension().total(_addresses(tensors), _sizes(tensors), _dtypes(tensors), threads)
+    number = extension().total(addresses(tensors), sizes(tensors), dtypes(tensors), threads)
     return torch.tensor(number, dtype=torch.float64)

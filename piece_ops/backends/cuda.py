@@ -1,20 +1,339 @@
-"""CUDA tensors: this build has no CUDA kernels, and says so at the first call."""
+"""CUDA tensors: checks, then one launch over all tensors on the caller's current stream.
+
+Waiting for the device: ``accumulate_squares_`` reads 16 bytes back, which say whether all
+gradients were finite; ``sparse_adamw_``, ``gather`` and ``scatter_`` wait when they see index
+tensors for the first time (see ``_cuda_runtime.check_indices``). Nothing else waits.
+
+CUDA graphs: every op here can be captured. ``accumulate_squares_`` cannot raise inside a graph: a
+replay whose gradients are not all finite adds nothing and counts itself, and the next call outside
+a graph on that device raises.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
-from piece_ops._schema import OPS, register
+import torch
+from torch import Tensor
+
+from piece_ops import _schema
+from piece_ops._schema import register
+from piece_ops.backends._cuda_runtime import (
+    Place,
+    check_indices,
+    place_of,
+    table_of,
+)
+from piece_ops.backends._lists import addresses, dtypes, sizes
+
+# Per device: how many replays of captured accumulations added nothing, as the device counts them;
+# made by the first call outside a graph, looked at once a graph has been captured.
+_skipped_replays: dict[int, Tensor] = {}
+_has_captured: set[int] = set()
 
 
-def _register_missing(op: str) -> None:
-    @register(op, "CUDA")
-    def missing(*args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"piece_ops.{op}: the tensors are on a CUDA device, but this version of piece_ops "
-            "has kernels for the CPU only; move the tensors with .cpu()"
+def _raise_for_skipped_replays(place: Place) -> None:
+    if place.index not in _has_captured:
+        return
+    counter = _skipped_replays[place.index]
+    count = int(counter.item())
+    if count:
+        counter.zero_()
+        raise ValueError(
+            "piece_ops.accumulate_squares_: gradients must be finite, got NaN or infinite ones in "
+            f"{count} replays of a captured CUDA graph since the last call outside one; nothing "
+            "was added by those replays, nor by this call"
         )
 
 
-for _op in OPS:
-    _register_missing(_op)
+@register("accumulate_squares_", "CUDA")
+def accumulate_squares_(
+    square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
+) -> None:
+    _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
+    _accumulate(square_sums, grads, sums, weight)
+    _schema.bump_versions(square_sums, sums)
+
+
+def accumulate_squares_and_maxima_(
+    square_sums: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    maxima: list[Tensor],
+    score: str = "plain",
+    second: Sequence[Tensor] = (),
+    constant: float = 0.0,
+) -> None:
+    """``accumulate_squares_`` that also leaves the largest score of every 32 elements.
+
+    Parameters
+    ----------
+    maxima : list of Tensor, float32, contiguous, [(n_t + 31) // 32] each
+        Written: element c is the largest score among elements 32 c to 32 c + 31 of tensor t, NaN
+        if one of them is NaN. A selection then reads only the chunks that can matter.
+    score : str
+        A name of ``_schema.SCORE_CODES`` other than "random": "plain" and "taylor" start from
+        the new square_sums, the others from the new sums; "piece-s" takes square_sums as second.
+    second : list of Tensor
+        For "piece-g", "snip" and "taylor": the second statistic, like ``grads`` in sizes.
+    constant : float
+        As in ``select_topk``.
+    """
+    _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
+    op = "accumulate_squares_"
+    _schema.check_same_count(op, len(grads), maxima=maxima)
+    _schema.check_tensors(op, "maxima", maxima, (torch.float32,))
+    _schema.check_same_device(op, grads, maxima, list(second))
+    for t, (chunk_maxima, grad) in enumerate(zip(maxima, grads, strict=True)):
+        if chunk_maxima.numel() != (grad.numel() + 31) // 32:
+            raise ValueError(
+                f"piece_ops.{op}: maxima[{t}] must have {(grad.numel() + 31) // 32} elements (one "
+                f"for 32 gradients), got {chunk_maxima.numel()}"
+            )
+    if second:
+        _schema.check_same_count(op, len(grads), second=second)
+        _schema.check_tensors(op, "second", second, _schema.HALVES_AND_FLOAT)
+        _schema.check_same_numel(op, "second", second, "grads", grads)
+    code = _schema.SCORE_CODES[score]
+    _accumulate(square_sums, grads, sums, weight, maxima, code, second, constant)
+    _schema.bump_versions(square_sums, sums, maxima)
+
+
+def _accumulate(
+    square_sums: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    maxima: Sequence[Tensor] = (),
+    score: int = 0,
+    second: Sequence[Tensor] = (),
+    constant: float = 0.0,
+) -> None:
+    if not any(map(Tensor.numel, grads)):
+        return
+    place = place_of("accumulate_squares_", grads[0])
+    with place.guard:
+        capturing = place.capturing
+        if place.index not in _skipped_replays:
+            if capturing:
+                raise RuntimeError(
+                    "piece_ops.accumulate_squares_: must have run once on this device before a "
+                    "CUDA graph is captured; call it once outside the graph first"
+                )
+            _skipped_replays[place.index] = torch.zeros(1, dtype=torch.int64, device=place.device)
+        if capturing:
+            _has_captured.add(place.index)
+        else:
+            _raise_for_skipped_replays(place)
+        columns = (
+            addresses(square_sums),
+            addresses(sums),
+            addresses(grads),
+            sizes(grads),
+            dtypes(grads),
+            addresses(maxima),
+            [score],
+            addresses(second),
+            dtypes(second),
+        )
+        table = table_of(place, _make_accumulate_table(place), *columns)
+        report = torch.empty(2, dtype=torch.int64, device=place.device)
+        place.module.cuda_accumulate_squares(
+            *table.pair,
+            bool(square_sums),
+            bool(sums),
+            weight,
+            report.data_ptr(),
+            _skipped_replays[place.index].data_ptr() if capturing else 0,
+            *place.where,
+            bool(maxima),
+            score,
+            constant,
+        )
+        if not capturing:
+            tensor, count = report.tolist()
+            if tensor < len(grads):
+                raise ValueError(
+                    f"piece_ops.accumulate_squares_: grads[{tensor}] must be finite, got {count} "
+                    f"NaN or infinite of {grads[tensor].numel()}; nothing was added"
+                )
+
+
+def _make_accumulate_table(place: Place) -> Any:
+    def make(*columns: Sequence[int]) -> Any:
+        *before, score, second, second_dtypes = columns
+        return place.module.cuda_accumulate_squares_table(*before, score[0], second, second_dtypes)
+
+    return make
+
+
+class SparseAdamwPlan:
+    """``sparse_adamw_`` on fixed tensors, checked and laid out once: some 10 us of host a step.
+
+    The addresses of all tensors (gradients too) must stay; it does not hold the tensors and does
+    not bump their version counters, so it is for an optimizer that owns both.
+
+    Parameters
+    ----------
+    weights, indices, values, grads, exp_avgs, exp_avg_sqs : list of Tensor
+        As for ``piece_ops.sparse_adamw_``, on one CUDA device.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        indices: list[Tensor],
+        values: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+    ) -> None:
+        lists = (weights, indices, values, grads, exp_avgs, exp_avg_sqs)
+        _schema.check_sparse_adamw_(*lists, 1, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self._is_empty = not any(map(Tensor.numel, indices))
+        if self._is_empty:
+            return
+        self._place = place_of("sparse_adamw_", weights[0])
+        with self._place.guard:
+            self._table = _adamw_table(self._place, *lists)
+
+    def step(
+        self,
+        step: int,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        """One update; ``step`` counts from 1. One launch on the current stream, no waiting.
+
+        If that is not the stream the plan was made on, the caller orders the two.
+        """
+        if self._is_empty:
+            return
+        with self._place.guard:
+            self._place.module.cuda_sparse_adamw(
+                *self._table.pair, step, lr, *betas, eps, weight_decay, *self._place.where
+            )
+
+
+def _adamw_table(
+    place: Place,
+    weights: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+) -> Any:
+    weight_sizes = sizes(weights)
+    table = table_of(
+        place,
+        place.module.cuda_sparse_adamw_table,
+        addresses(weights),
+        weight_sizes,
+        dtypes(weights),
+        addresses(indices),
+        sizes(indices),
+        addresses(values),
+        addresses(grads),
+        sizes(grads),
+        dtypes(grads),
+        addresses(exp_avgs),
+        addresses(exp_avg_sqs),
+    )
+    check_indices(place, table, indices, weight_sizes)
+    return table
+
+
+@register("sparse_adamw_", "CUDA")
+def sparse_adamw_(
+    weights: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    lists = (weights, indices, values, grads, exp_avgs, exp_avg_sqs)
+    numbers = (step, lr, beta1, beta2, eps, weight_decay)
+    _schema.check_sparse_adamw_(*lists, *numbers)
+    if any(map(Tensor.numel, indices)):
+        place = place_of("sparse_adamw_", weights[0])
+        with place.guard:
+            table = _adamw_table(place, *lists)
+            place.module.cuda_sparse_adamw(*table.pair, *numbers, *place.where)
+    _schema.bump_versions(weights, values, exp_avgs, exp_avg_sqs)
+
+
+@register("gather", "CUDA")
+def gather(
+    sources: list[Tensor], indices: list[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    _schema.check_gather(sources, indices, dtype)
+    values = _schema.new_values(sources, indices, dtype)
+    if any(map(Tensor.numel, indices)):
+        place = place_of("gather", sources[0])
+        with place.guard:
+            _over_slots(place, "gather", sources, indices, values)
+    return values
+
+
+@register("scatter_", "CUDA")
+def scatter_(targets: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
+    _schema.check_scatter_(targets, indices, values)
+    if any(map(Tensor.numel, indices)):
+        place = place_of("scatter_", targets[0])
+        with place.guard:
+            _over_slots(place, "scatter", targets, indices, values)
+    _schema.bump_versions(targets)
+
+
+def _over_slots(
+    place: Place,
+    name: str,
+    dense: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> None:
+    """Gather or scatter between dense tensors and values at indices."""
+    dense_sizes = sizes(dense)
+    table = table_of(
+        place,
+        getattr(place.module, f"cuda_{name}_table"),
+        addresses(dense),
+        dense_sizes,
+        dtypes(dense),
+        addresses(indices),
+        sizes(indices),
+        addresses(values),
+        dtypes(values),
+    )
+    check_indices(place, table, indices, dense_sizes)
+    getattr(place.module, f"cuda_{name}")(*table.pair, *place.where)
+
+
+@register("total", "CUDA")
+def total(tensors: list[Tensor]) -> Tensor:
+    _schema.check_total(tensors)
+    place = place_of("total", tensors[0])
+    with place.guard:
+        table = table_of(
+            place,
+            place.module.cuda_total_table,
+            addresses(tensors),
+            sizes(tensors),
+            dtypes(tensors),
+        )
+        result = torch.empty([], dtype=torch.float64, device=place.device)
+        tile_sums = torch.empty(table.handle.tiles, dtype=torch.float64, device=place.device)
+        place.module.cuda_total(*table.pair, tile_sums.data_ptr(), result.data_ptr(), *place.where)
+    return result

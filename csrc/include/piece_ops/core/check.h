@@ -7,7 +7,7 @@
 
 namespace piece_ops {
 
-enum class ErrorKind { kArgument, kUnsupported, kInternal };
+enum class ErrorKind { kArgument, kUnsupported, kCuda, kInternal };
 
 struct Error : std::runtime_error {
   Error(ErrorKind error_kind, const std::string& text)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "piece_ops/core/context.h"
+#include "piece_ops/core/table.h"
 #include "piece_ops/core/view.h"
 
 namespace piece_ops {
@@ -18,5 +19,10 @@ struct ScatterArgs {
 namespace cpu {
 void scatter(const Context& context, const ScatterArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+Table make_table(const ScatterArgs& args);
+void scatter(const Context& context, const DeviceTable& table);
+}  // namespace cuda
 
 }  // namespace piece_ops

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "piece_ops/core/context.h"
+#include "piece_ops/core/table.h"
 #include "piece_ops/core/view.h"
 #include "piece_ops/math/score.h"
 
@@ -40,5 +42,57 @@ struct SelectTopkResult {
 namespace cpu {
 SelectTopkResult select_topk(const Context& context, const SelectTopkArgs& args);
 }  // namespace cpu
+
+// The CUDA backend works in launches that report once, to memory on the device: the caller looks at
+// the report and, when the selection missed, tries the next way. Pointers of args are the device's;
+// args.indices and args.counts too.
+namespace cuda {
+
+struct TopkReport {
+  static constexpr int64_t kFound = 0;
+  static constexpr int64_t kMissed = 1;  // try the next way
+  static constexpr int64_t kNan = 2;     // nan_tensor, nan_count
+  static constexpr int64_t kBroken = 3;  // excluded positions are wrong: check
+  double threshold;
+  int64_t ties_kept;
+  int64_t status;
+  int64_t nan_tensor;
+  int64_t nan_count;
+  int64_t kept;   // scores above the bound,
+  int64_t ties;   // equal to it
+  int64_t check;  // the word of check_indices
+};
+
+// How the bound comes about. A way reads the scores kSample once, kMaxima once (those chunks that
+// can matter), kDigits twice to four times; kSample can miss, kMaxima too where chunks are few or
+// full.
+enum class TopkWay : int32_t { kSample = 0, kMaxima = 1, kDigits = 2 };
+
+// maxima: null, or [count] addresses of (n + 31) / 32 floats on the device: the largest score of
+// every 32 consecutive elements, NaN if one is NaN (cuda::ChunkMaxima of accumulate_squares).
+
+// The ways to try, in this order; the last one cannot miss. k > 0.
+std::vector<TopkWay> topk_ways(const SelectTopkArgs& args, const float* const* maxima);
+
+// One selection over all tensors; write_table (ops/device.h) brings it to the device.
+Table make_table(const SelectTopkArgs& args, const float* const* maxima);
+// For check_indices: the excluded positions, and what they must be below.
+Table make_exclude_table(const SelectTopkArgs& args);
+int64_t scratch_bytes(const SelectTopkArgs& args, const float* const* maxima, TopkWay way);
+// check: null, or the report of check_indices on the excluded positions, on the device.
+void select_topk(const Context& context, const SelectTopkArgs& args, const float* const* maxima,
+                 TopkWay way, const int64_t* table, const int64_t* check, void* scratch,
+                 TopkReport* report);
+
+// A selection of each tensor by itself: tensors of at most kSmallTopk elements in one launch, with
+// a report each; for a larger one, select_topk with args of that one tensor and its words of the
+// table.
+constexpr int64_t kSmallTopk = 65536;
+Table make_table_by_tensor(const SelectTopkArgs& args, const int64_t* ks);
+int64_t topk_row_words();
+void select_topk_small(const Context& context, const SelectTopkArgs& args, const int64_t* table,
+                       const int64_t* check, TopkReport* reports);
+
+}  // namespace cuda
 
 }  // namespace piece_ops

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "piece_ops/core/context.h"
+#include "piece_ops/core/table.h"
 #include "piece_ops/core/view.h"
 #include "piece_ops/math/adamw.h"
 
@@ -23,5 +24,10 @@ struct SparseAdamwArgs {
 namespace cpu {
 void sparse_adamw(const Context& context, const SparseAdamwArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+Table make_table(const SparseAdamwArgs& args);  // the factors are not looked at
+void sparse_adamw(const Context& context, const DeviceTable& table, const AdamwFactors& factors);
+}  // namespace cuda
 
 }  // namespace piece_ops

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "piece_ops/core/context.h"
+#include "piece_ops/core/table.h"
 #include "piece_ops/core/view.h"
 
 namespace piece_ops {
@@ -16,5 +17,11 @@ struct TotalArgs {
 namespace cpu {
 double total(const Context& context, const TotalArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+Table make_table(const TotalArgs& args);
+// tile_sums: table.tiles doubles of scratch; result: one double. Both on the device.
+void total(const Context& context, const DeviceTable& table, double* tile_sums, double* result);
+}  // namespace cuda
 
 }  // namespace piece_ops

@@ -1,0 +1,104 @@
+// element.h - elements on the device: one at a time, and eight at a time in 16-byte accesses.
+#pragma once
+
+#include "gpu.h"
+#include "piece_ops/core/dtype.h"
+#include "piece_ops/math/rounding.h"
+
+namespace piece_ops::cuda {
+
+constexpr int kVector = 8;  // elements: 16 bytes of bfloat16, 32 of float32
+
+// Element i in float32; float64 is not taken.
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[i];
+    case DType::kBFloat16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return fp16_to_float(static_cast<const uint16_t*>(data)[i]);
+  }
+}
+
+// Element i, rounded to nearest even into the dtype; float64 widens.
+__device__ __forceinline__ void store_float(void* data, DType dtype, int64_t i, float x) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(data)[i] = x;
+      break;
+    case DType::kBFloat16:
+      static_cast<uint16_t*>(data)[i] = float_to_bf16(x);
+      break;
+    case DType::kFloat16:
+      static_cast<uint16_t*>(data)[i] = float_to_fp16(x);
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(data)[i] = static_cast<double>(x);
+      break;
+  }
+}
+
+// The types an element is read as; eight of them start at a 16-byte boundary.
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr uint32_t kFullExponent = 0x7f800000u;
+  __device__ static __forceinline__ float widen(uint32_t bits) { return bit_cast<float>(bits); }
+};
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr uint32_t kFullExponent = 0x7f80u;
+  __device__ static __forceinline__ float widen(uint16_t bits) { return bf16_to_float(bits); }
+};
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr uint32_t kFullExponent = 0x7c00u;
+  __device__ static __forceinline__ float widen(uint16_t bits) { return fp16_to_float(bits); }
+};
+
+// Calls body with the Float32, BFloat16 or Float16 that a code names.
+template <class Body>
+__device__ __forceinline__ void with_element(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      body(Float32{});
+      break;
+    case DType::kBFloat16:
+      body(BFloat16{});
+      break;
+    default:
+      body(Float16{});
+      break;
+  }
+}
+
+// Eight elements from a 16-byte boundary, streamed: they will not be read again.
+__device__ __forceinline__ void load_vector(const uint16_t* p, uint16_t (&bits)[kVector]) {
+  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(p));
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    bits[2 * i] = static_cast<uint16_t>(word[i]);
+    bits[2 * i + 1] = static_cast<uint16_t>(word[i] >> 16);
+  }
+}
+__device__ __forceinline__ void load_vector(const uint32_t* p, uint32_t (&bits)[kVector]) {
+  const uint4 low = __ldcs(reinterpret_cast<const uint4*>(p));
+  const uint4 high = __ldcs(reinterpret_cast<const uint4*>(p) + 1);
+  bits[0] = low.x, bits[1] = low.y, bits[2] = low.z, bits[3] = low.w;
+  bits[4] = high.x, bits[5] = high.y, bits[6] = high.z, bits[7] = high.w;
+}
+
+// Eight float32 from a 16-byte boundary, and back.
+__device__ __forceinline__ void load_floats(const float* p, float (&x)[kVector]) {
+  const float4 low = reinterpret_cast<const float4*>(p)[0];
+  const float4 high = reinterpret_cast<const float4*>(p)[1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[kVector]) {
+  reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+}  // namespace piece_ops::cuda

@@ -1,0 +1,80 @@
+// gpu.h - the one header every .cu file includes: CUDA, or its emulation on the CPU for tests.
+//
+// launch() is a function template instead of <<<>>>, so that nvcc, g++ and clang-tidy all read the
+// same source. Arguments are converted to the kernel's parameter types without narrowing.
+#pragma once
+
+#if defined(PIECE_OPS_CUDA_EMULATION)
+#include "simt/simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "piece_ops/core/check.h"
+
+// T* name = this block's dynamic shared memory, 16-byte aligned.
+#if defined(PIECE_OPS_CUDA_EMULATION)
+#define PIECE_OPS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared())
+#else
+#define PIECE_OPS_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char piece_ops_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(piece_ops_dynamic_shared)
+#endif
+
+// Throws piece_ops::Error with the call, the error's name and its text.
+#define PIECE_OPS_CUDA_CHECK(...)                                                      \
+  do {                                                                                 \
+    const cudaError_t piece_ops_error = (__VA_ARGS__);                                 \
+    if (piece_ops_error != cudaSuccess)                                                \
+      ::piece_ops::cuda::fail_cuda(piece_ops_error, #__VA_ARGS__, __FILE__, __LINE__); \
+  } while (0)
+
+namespace piece_ops::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+[[noreturn]] inline void fail_cuda(cudaError_t error, const char* what, const char* file,
+                                   int line) {
+  // Not left behind for the next call that asks (a sticky error stays all the same).
+  (void)cudaGetLastError();
+  fail(ErrorKind::kCuda, "piece_ops: CUDA call ", what, " failed: ", cudaGetErrorName(error), " (",
+       static_cast<int>(error), "): ", cudaGetErrorString(error), ", at ", file, ":", line);
+}
+
+// From's value as a To; a narrowing conversion does not compile.
+template <class To, class From>
+To convert(From&& from) {
+  return To{std::forward<From>(from)};
+}
+
+// Runs kernel(args...) on the stream. block: threads of a block.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_shared_bytes,
+            cudaStream_t stream, Args&&... args) {
+  static_assert(sizeof...(Parameters) == sizeof...(Args), "as many arguments as the kernel takes");
+  PIECE_OPS_CHECK(grid > 0 && grid <= 0x7fffffff,
+                  "piece_ops: a grid must have 1..2^31-1 blocks, got ", grid);
+  const dim3 grid_blocks(static_cast<unsigned>(grid));
+  const dim3 block_threads(static_cast<unsigned>(block));
+#if defined(PIECE_OPS_CUDA_EMULATION)
+  (void)stream;
+  // Copied once, as a launch copies its parameters.
+  simt::run(grid_blocks, block_threads, dynamic_shared_bytes,
+            [&] { kernel(convert<Parameters>(args)...); });
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid_blocks;
+  config.blockDim = block_threads;
+  config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = stream;
+  PIECE_OPS_CUDA_CHECK(
+      cudaLaunchKernelEx(&config, kernel, convert<Parameters>(std::forward<Args>(args))...));
+#endif
+}
+
+}  // namespace piece_ops::cuda

@@ -1,0 +1,224 @@
+// select_topk_filter.cu - the one read of all scores: keeps what exceeds the bound, counts what
+// equals it.
+//
+// What       For each tile: its (key, slot) above the bound, in rising slots; how many equal the
+// bound.
+//            NaN are counted for each tensor, when they are to be reported.
+// Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth),
+// all
+//            in registers before the first is used:
+//            1. one comparison a score, !(x < bound), which NaN passes as well; a vote for each 128
+//               (256) scores. Most votes say no.
+//            2. where one says yes: exact keys, a bit for each score above the bound, ties counted.
+//               Excluded positions are looked up for scores above the bound only; the ties among
+//               them are subtracted afterwards, by a look at the tile's excluded entries.
+//            3. the warps' counts meet in shared memory; thread 0 reserves room for the tile's
+//            share
+//               with one atomic add; ballots give every score its place, so that a share is in
+//               order.
+//            Shares lie in the order of the atomic adds. Nothing depends on it: the tile says where
+//            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
+//            block waits for another. What does not fit the room is counted, not written; verify
+//            then calls for another round.
+// Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
+// tile of
+//            map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
+//            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
+//            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5
+//            ms.
+// Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
+// Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
+// Limits     a tile's counts fit 16 bits; positions 64.
+#include "select_topk_load.h"
+
+namespace piece_ops::cuda {
+
+namespace {
+
+// Blocks a multiprocessor that must fit: few enough registers that nothing spills.
+template <TopkInput kInput>
+constexpr int kMinBlocks = kInput == TopkInput::kTwo      ? 4
+                           : kInput == TopkInput::kDouble ? 3
+                                                          : 5;
+
+template <TopkInput kInput, class K>
+__global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInput>)
+    filter_kernel(TopkTable table, TopkFormula formula, const TopkSearch<K>* search,
+                  TopkFound<K> found) {
+  using T = ScoreOf<kInput>;
+  constexpr int kWarps = kTileWarps<T>;
+  constexpr int kCount = kPerLane<T>;
+  __shared__ uint32_t warp_kept[kWarps];
+  __shared__ uint32_t warp_ties[kWarps];
+  __shared__ unsigned long long warp_start[kWarps];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  if (table.is_broken()) return;  // all threads alike
+  const K bound_key = search->bound();
+  const T bound = from_key<T>(bound_key);  // NaN if no score has this key: then every vote says yes
+
+  int64_t tile = blockIdx.x;
+  int32_t next_tensor = tile < table.tiles ? table.tile_tensors[tile] : 0;
+  for (; tile < table.tiles; tile += gridDim.x) {
+    const int64_t tensor = next_tensor;
+    const TopkRow& row = table.rows[tensor];
+    if (tile + gridDim.x < table.tiles) next_tensor = table.tile_tensors[tile + gridDim.x];
+    const int64_t part_begin = table.tile_begin(tile, tensor) + warp * kPartSlots<T>;
+    const Excluded excluded = excluded_of(table, row, tile, tensor);
+
+    with_width<kInput>(row, [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      constexpr uint32_t kGroup = (1u << V) - 1;
+      T x[kCount];
+      const uint32_t valid = load_part<kInput, V>(row, formula, part_begin, lane, x);
+      uint32_t above = 0;  // bit j: x[j] is kept
+      int ties = 0;
+      uint32_t nans = 0;
+#pragma unroll
+      for (int g = 0; g < kCount; g += V) {
+        bool maybe = false;
+#pragma unroll
+        for (int j = g; j < g + V; ++j) maybe = maybe || !(x[j] < bound);
+        if (!__any_sync(kAllLanes, maybe)) continue;
+#pragma unroll
+        for (int j = g; j < g + V; ++j) {
+          const K key = to_key(x[j]);
+          const bool exists = valid >> j & 1u;
+          above |= static_cast<uint32_t>(exists && key > bound_key) << j;
+          ties += exists && key == bound_key;
+          nans += exists && key == 0;
+        }
+      }
+      if (excluded.any()) {
+        above &= ~excluded_bits<V>(excluded, above, part_begin, lane);
+        for (int64_t e = excluded.begin + threadIdx.x; e < excluded.end; e += blockDim.x) {
+          ties -= to_key(score_at<kInput>(row, formula, excluded.list[e])) == bound_key;
+        }
+      }
+      if (found.nans != nullptr && __any_sync(kAllLanes, nans != 0)) {
+        nans = __reduce_add_sync(kAllLanes, nans);
+        if (lane == 0) {
+          atomicAdd(found.nans + tensor, static_cast<unsigned long long>(nans));
+          atomicMax(&found.state->first_nan, static_cast<unsigned long long>(table.count - tensor));
+        }
+      }
+
+      // Sums modulo 2^32: one warp's ties may be below zero, the tile's are not.
+      const uint32_t kept_here = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(__popc(above)));
+      const uint32_t ties_here = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(ties));
+      if (lane == 0) {
+        warp_kept[warp] = kept_here;
+        warp_ties[warp] = ties_here;
+      }
+      __syncthreads();  // counts of all warps are there; and all have read the last tile's starts
+      if (threadIdx.x == 0) {
+        uint32_t kept = 0;
+        uint32_t all_ties = 0;
+        for (int w = 0; w < kWarps; ++w) {
+          kept += warp_kept[w];
+          all_ties += warp_ties[w];
+        }
+        unsigned long long start = 0;
+        if (kept) start = atomicAdd(&found.state->kept, static_cast<unsigned long long>(kept));
+        if (all_ties) atomicAdd(&found.state->ties, static_cast<unsigned long long>(all_ties));
+        const bool fits = found.store && start + kept <= static_cast<uint64_t>(found.room);
+        found.starts[tile] = static_cast<int64_t>(start);
+        found.counts[tile] = kept << 16 | all_ties;
+        for (int w = 0; w < kWarps; ++w) {
+          warp_start[w] = fits ? start : ~0ull;
+          start += warp_kept[w];
+        }
+      }
+      __syncthreads();  // the starts are there
+      if (kept_here == 0 || warp_start[warp] == ~0ull) return;
+      int64_t at = static_cast<int64_t>(warp_start[warp]);
+#pragma unroll
+      for (int g = 0; g < kCount; g += V) {
+        const uint32_t mine = above >> g & kGroup;
+        if (!__any_sync(kAllLanes, mine != 0)) continue;
+        int before = 0;  // kept scores of lower lanes, then those of this lane
+        int all = 0;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const unsigned lanes = __ballot_sync(kAllLanes, mine >> v & 1u);
+          before += __popc(lanes & lanes_below(lane));
+          all += __popc(lanes);
+        }
+        int64_t place = at + before;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (!(mine >> v & 1u)) continue;
+          found.keys[place] = to_key(x[g + v]);
+          found.slots[place] =
+              static_cast<uint16_t>(warp * kPartSlots<T> + part_slot<V>(g + v, lane));
+          ++place;
+        }
+        at += all;
+      }
+    });
+  }
+}
+
+// One thread: are there enough, and did they fit? Sets out the search for the threshold.
+template <class K>
+__global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound, TopkSearch<K>* threshold,
+                              TopkFound<K> found) {
+  TopkState& state = *found.state;
+  const unsigned long long kept = state.kept;
+  const bool enough = kept + state.ties >= static_cast<unsigned long long>(found.k);
+  const bool fits = !found.store || kept <= static_cast<unsigned long long>(found.room);
+  const bool has_nan = found.nans != nullptr && state.first_nan != 0;
+  state.status = table.is_broken() ? TopkReport::kBroken
+                 : has_nan         ? TopkReport::kNan
+                 : enough && fits  ? TopkReport::kFound
+                                   : TopkReport::kMissed;
+  TopkSearch<K> search{0, 0, 0, found.k, 0, 0};
+  if (state.status != TopkReport::kFound) {
+    search.done = 1;
+  } else if (kept < static_cast<unsigned long long>(found.k)) {  // ties at the bound are needed
+    search.prefix = bound->bound();
+    search.known = static_cast<int>(sizeof(K)) * 8;
+    search.above = static_cast<int64_t>(kept);
+    search.done = 1;
+  }
+  *threshold = search;
+}
+
+}  // namespace
+
+template <class K>
+void launch_filter(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
+                   const TopkFound<K>& found) {
+  using T = std::conditional_t<sizeof(K) == 8, double, float>;
+  const auto start = [&](auto kernel, int min_blocks) {
+    const int64_t most = int64_t{to.multiprocessors} * min_blocks;
+    launch(kernel, table.tiles < most ? table.tiles : most, kTileThreads<T>, 0, to.stream, table,
+           to.formula, bound, found);
+  };
+  if constexpr (sizeof(K) == 8) {
+    start(filter_kernel<TopkInput::kDouble, K>, kMinBlocks<TopkInput::kDouble>);
+  } else if (to.input == TopkInput::kOne) {
+    start(filter_kernel<TopkInput::kOne, K>, kMinBlocks<TopkInput::kOne>);
+  } else if (to.input == TopkInput::kTwo) {
+    start(filter_kernel<TopkInput::kTwo, K>, kMinBlocks<TopkInput::kTwo>);
+  } else {
+    start(filter_kernel<TopkInput::kHash, K>, kMinBlocks<TopkInput::kHash>);
+  }
+}
+
+template <class K>
+void launch_verify(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
+                   TopkSearch<K>* threshold, const TopkFound<K>& found) {
+  launch(verify_kernel<K>, 1, 1, 0, to.stream, table, bound, threshold, found);
+}
+
+#define PIECE_OPS_INSTANTIATE(K)                                                            \
+  template void launch_filter<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
+                                 const TopkFound<K>&);                                      \
+  template void launch_verify<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
+                                 TopkSearch<K>*, const TopkFound<K>&);
+PIECE_OPS_INSTANTIATE(uint32_t)
+PIECE_OPS_INSTANTIATE(uint64_t)
+#undef PIECE_OPS_INSTANTIATE
+
+}  // namespace piece_ops::cuda

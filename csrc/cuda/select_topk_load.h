@@ -1,0 +1,320 @@
+// select_topk_load.h - scores in registers: one warp's part of a tile, or one element.
+//
+// A lane holds kPerLane<T> scores of its warp's part. With V scores of a 16-byte load (of the wider
+// input, where there are two), score j of lane l is slot
+//
+//     (j / V) * 32 V  +  l V  +  j % V          so that a warp's load covers 512 consecutive bytes
+//
+// Loads of a part are all issued before the first is used. A part that is cut off by an end of its
+// tensor, or whose second input is aligned differently, is read element by element.
+#pragma once
+
+#include <type_traits>
+
+#include "piece_ops/math/rounding.h"
+#include "select_topk_types.h"
+
+#if !defined(PIECE_OPS_CUDA_EMULATION)
+#include <cuda_fp16.h>
+#endif
+
+namespace piece_ops::cuda {
+
+#define PIECE_OPS_DEVICE __device__ __forceinline__
+
+template <class T>
+constexpr int kPerLane = sizeof(T) == 4 ? 32 : 16;
+template <class T>
+constexpr int kPartSlots = kWarp * kPerLane<T>;  // of one warp
+template <class T>
+constexpr int kTileThreads = kTileSlots / kPerLane<T>;
+template <class T>
+constexpr int kTileWarps = kTileThreads<T> / kWarp;
+
+template <TopkInput kInput>
+using ScoreOf = std::conditional_t<kInput == TopkInput::kDouble, double, float>;
+
+// Float16 to float32 is exact, so the hardware's conversion equals rounding.h's.
+PIECE_OPS_DEVICE float widen_fp16(uint32_t bits) {
+#if defined(PIECE_OPS_CUDA_EMULATION)
+  return fp16_to_float(static_cast<uint16_t>(bits));
+#else
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+#endif
+}
+
+// Aligned loads of data that is read once.
+#if defined(PIECE_OPS_CUDA_EMULATION)
+struct __attribute__((may_alias, aligned(16))) Bytes16 {
+  uint32_t x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(8))) Bytes8 {
+  uint32_t x, y;
+};
+PIECE_OPS_DEVICE uint4 load_16(const void* p) {
+  const Bytes16 b = *static_cast<const Bytes16*>(p);
+  return make_uint4(b.x, b.y, b.z, b.w);
+}
+PIECE_OPS_DEVICE uint2 load_8(const void* p) {
+  const Bytes8 b = *static_cast<const Bytes8*>(p);
+  return make_uint2(b.x, b.y);
+}
+#else
+PIECE_OPS_DEVICE uint4 load_16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+PIECE_OPS_DEVICE uint2 load_8(const void* p) { return __ldcs(static_cast<const uint2*>(p)); }
+#endif
+
+template <int V>
+PIECE_OPS_DEVICE int part_slot(int j, int lane) {
+  return (j / V) * (kWarp * V) + lane * V + j % V;
+}
+
+PIECE_OPS_DEVICE float load_element(const void* data, int32_t dtype, int64_t i) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[i];
+    case DType::kBFloat16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return widen_fp16(static_cast<const uint16_t*>(data)[i]);
+  }
+}
+
+PIECE_OPS_DEVICE int64_t element_bytes(int32_t dtype) {
+  return static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
+}
+
+// ---- one element
+// -----------------------------------------------------------------------------------
+
+template <TopkInput kInput>
+PIECE_OPS_DEVICE ScoreOf<kInput> score_at(const TopkRow& row, const TopkFormula& formula,
+                                          int64_t i) {
+  if constexpr (kInput == TopkInput::kDouble) {
+    return static_cast<const double*>(row.first)[i];
+  } else if constexpr (kInput == TopkInput::kHash) {
+    return score_random(formula.seed, row.position + i);
+  } else if constexpr (kInput == TopkInput::kTwo) {
+    const float first = load_element(row.first, row.first_dtype, i);
+    const float second = load_element(row.second, row.second_dtype, i);
+    return evaluate_score(formula.score, first, second, formula.constant);
+  } else {
+    const float first = load_element(row.first, row.first_dtype, i);
+    return formula.score == Score::kMagnitude ? absolute(first) : first;
+  }
+}
+
+// Is `position` one of list[begin .. end), which rises?
+PIECE_OPS_DEVICE bool is_listed(const int64_t* list, int64_t begin, int64_t end, int64_t position) {
+  const int64_t stop = end;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (list[middle] < position) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin < stop && list[begin] == position;
+}
+
+// The excluded entries of a tile.
+struct Excluded {
+  const int64_t* list;
+  int64_t begin;
+  int64_t end;
+
+  PIECE_OPS_DEVICE bool any() const { return begin < end; }
+  PIECE_OPS_DEVICE bool has(int64_t position) const {
+    return is_listed(list, begin, end, position);
+  }
+};
+
+PIECE_OPS_DEVICE Excluded excluded_of(const TopkTable& table, const TopkRow& row, int64_t tile,
+                                      int64_t tensor) {
+  if (table.exclude_starts == nullptr) return {nullptr, 0, 0};
+  const bool is_last = tile + 1 == table.first_tile(tensor + 1);
+  return {row.exclude, table.exclude_starts[tile],
+          is_last ? row.exclude_n : table.exclude_starts[tile + 1]};
+}
+
+// ---- one warp's part
+// -------------------------------------------------------------------------------
+
+// kPerLane<float> elements as they lie in memory: word j / 2 holds elements j and j + 1 of a 16-bit
+// type, word j one of float32.
+template <int V>
+PIECE_OPS_DEVICE void load_words(const void* data, int32_t dtype, int64_t begin, int lane,
+                                 uint32_t (&words)[32]) {
+  if (static_cast<DType>(dtype) == DType::kFloat32) {
+    static_assert(V == 4 || V == 8, "16 or 32 bytes of float32");
+    const float* p = static_cast<const float*>(data) + begin;
+#pragma unroll
+    for (int j = 0; j < 32; j += 4) {
+      const uint4 four = load_16(p + part_slot<V>(j, lane));
+      words[j] = four.x;
+      words[j + 1] = four.y;
+      words[j + 2] = four.z;
+      words[j + 3] = four.w;
+    }
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(data) + begin;
+  if constexpr (V == 8) {
+#pragma unroll
+    for (int j = 0; j < 32; j += 8) {
+      const uint4 eight = load_16(p + part_slot<V>(j, lane));
+      words[j / 2] = eight.x;
+      words[j / 2 + 1] = eight.y;
+      words[j / 2 + 2] = eight.z;
+      words[j / 2 + 3] = eight.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 32; j += 4) {
+      const uint2 four = load_8(p + part_slot<V>(j, lane));
+      words[j / 2] = four.x;
+      words[j / 2 + 1] = four.y;
+    }
+  }
+}
+
+PIECE_OPS_DEVICE void widen_words(int32_t dtype, const uint32_t (&words)[32], float (&x)[32]) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = bit_cast<float>(words[j]);
+      break;
+    case DType::kBFloat16:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        const uint32_t word = words[j / 2];
+        x[j] = bit_cast<float>(j % 2 ? word & 0xffff0000u : word << 16);
+      }
+      break;
+    default:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = widen_fp16(j % 2 ? words[j / 2] >> 16 : words[j / 2]);
+  }
+}
+
+// x = the score of (x, second); the switch stands outside the loops.
+PIECE_OPS_DEVICE void combine(const TopkFormula& formula, const float (&second)[32],
+                              float (&x)[32]) {
+  switch (formula.score) {
+    case Score::kPieceS:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = score_piece_s(x[j], second[j], formula.constant);
+      break;
+    case Score::kPieceG:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = score_piece_g(x[j], second[j], formula.constant);
+      break;
+    case Score::kSnip:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = score_snip(x[j], second[j]);
+      break;
+    default:
+#pragma unroll
+      for (int j = 0; j < 32; ++j) x[j] = score_taylor(x[j], second[j]);
+  }
+}
+
+PIECE_OPS_DEVICE bool is_aligned(const void* data, int64_t offset_bytes, int64_t alignment) {
+  return (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(offset_bytes)) %
+             static_cast<uintptr_t>(alignment) ==
+         0;
+}
+
+// Scores of the part whose first slot is element `begin`; bit j of the result: x[j] exists. What
+// does not exist is below everything.
+template <TopkInput kInput, int V>
+PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
+                                    int lane, ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+  using T = ScoreOf<kInput>;
+  constexpr int kCount = kPerLane<T>;
+  constexpr uint32_t kAll = kCount == 32 ? 0xffffffffu : (1u << (kCount % 32)) - 1;
+  bool is_whole = begin >= 0 && begin + kPartSlots<T> <= row.n;
+  if constexpr (kInput == TopkInput::kDouble) {
+    const double* p = static_cast<const double*>(row.first) + begin;
+    if (is_whole && is_aligned(p, 0, 16)) {
+#pragma unroll
+      for (int j = 0; j < kCount; j += 2) {
+        const uint4 two = load_16(p + part_slot<V>(j, lane));
+        x[j] = bit_cast<double>(two.x | static_cast<uint64_t>(two.y) << 32);
+        x[j + 1] = bit_cast<double>(two.z | static_cast<uint64_t>(two.w) << 32);
+      }
+      return kAll;
+    }
+  } else if constexpr (kInput == TopkInput::kOne || kInput == TopkInput::kTwo) {
+    const int64_t first_bytes = element_bytes(row.first_dtype);
+    is_whole = is_whole && is_aligned(row.first, begin * first_bytes, 4 * first_bytes * (V / 4));
+    if constexpr (kInput == TopkInput::kTwo) {
+      const int64_t second_bytes = element_bytes(row.second_dtype);
+      is_whole = is_whole && is_aligned(row.second, begin * second_bytes, 4 * second_bytes);
+    }
+    if (is_whole) {
+      uint32_t words[32];
+      load_words<V>(row.first, row.first_dtype, begin, lane, words);
+      if constexpr (kInput == TopkInput::kOne) {
+        widen_words(row.first_dtype, words, x);
+        if (formula.score == Score::kMagnitude) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) x[j] = absolute(x[j]);
+        }
+      } else {
+        uint32_t second_words[32];
+        load_words<V>(row.second, row.second_dtype, begin, lane, second_words);
+        float second[32];
+        widen_words(row.first_dtype, words, x);
+        widen_words(row.second_dtype, second_words, second);
+        combine(formula, second, x);
+      }
+      return kAll;
+    }
+  }
+  uint32_t valid = 0;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int64_t i = begin + part_slot<V>(j, lane);
+    x[j] = -bit_cast<T>(static_cast<Key<T>>(KeyType<T>::kInfinity));
+    if (i >= 0 && i < row.n) {
+      x[j] = score_at<kInput>(row, formula, i);
+      valid |= 1u << j;
+    }
+  }
+  return valid;
+}
+
+// Calls body(integral_constant<V>): the loads' width goes with the dtype of the tensor, so this
+// branch is the same for a whole tile.
+template <TopkInput kInput, class Body>
+PIECE_OPS_DEVICE void with_width(const TopkRow& row, Body body) {
+  if constexpr (kInput == TopkInput::kDouble) {
+    body(std::integral_constant<int, 2>{});
+  } else if constexpr (kInput == TopkInput::kOne) {
+    if (static_cast<DType>(row.first_dtype) == DType::kFloat32) {
+      body(std::integral_constant<int, 4>{});
+    } else {
+      body(std::integral_constant<int, 8>{});
+    }
+  } else {
+    body(std::integral_constant<int, 4>{});
+  }
+}
+
+// Which of these scores of this lane (bit j: the one in slot part_slot<V>(j, lane)) are excluded.
+template <int V>
+PIECE_OPS_DEVICE uint32_t excluded_bits(const Excluded& excluded, uint32_t bits, int64_t part_begin,
+                                        int lane) {
+  uint32_t found = 0;
+  for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {
+    const int j = __ffs(static_cast<int>(rest)) - 1;
+    if (excluded.has(part_begin + part_slot<V>(j, lane))) found |= 1u << j;
+  }
+  return found;
+}
+
+PIECE_OPS_DEVICE unsigned lanes_below(int lane) { return (1u << lane) - 1; }
+
+}  // namespace piece_ops::cuda

@@ -1,0 +1,205 @@
+"""What every CUDA op needs: the extension's CUDA half, a place to run, tables, checked indices.
+
+A *table* holds what a kernel over many tensors reads: addresses, sizes, tiles. It is made by the
+extension, written into device memory from torch's allocator, and kept here for the next call with
+the same addresses and sizes. It travels as kernel arguments, so writing it waits for nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ops._native import extension
+
+# Tables kept, over all ops, devices and streams. One of Llama-8B's 291 tensors has 21 KB.
+KEPT_TABLES = 64
+
+
+class Runtime:
+    """What is asked of torch.cuda. The tests put emulated kernels on the CPU in its place."""
+
+    def __init__(self) -> None:
+        self._fitting: set[int] = set()
+
+    def module(self, op: str) -> ModuleType:
+        """Return the extension, if it was built with CUDA."""
+        module = extension()
+        if not module.cuda_architectures:
+            raise NotImplementedError(
+                f"piece_ops.{op}: the tensors are on a CUDA device, but this build of piece_ops "
+                "has kernels for the CPU only; build it where nvcc is found (PIECE_OPS_CUDA=ON "
+                "pip install .), or move the tensors with .cpu()"
+            )
+        return module
+
+    def index(self, device: torch.device) -> int:
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def require(self, module: ModuleType, index: int) -> None:
+        """Raise, saying what is missing, unless this build has code for the device."""
+        if index not in self._fitting:
+            module.cuda_require_device(index)
+            self._fitting.add(index)
+
+    def on(self, index: int) -> AbstractContextManager[Any]:
+        return torch.cuda.device(index)
+
+    def stream(self, index: int) -> int:
+        return int(torch.cuda.current_stream(index).cuda_stream)
+
+    def is_capturing(self) -> bool:
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+runtime = Runtime()
+
+
+def use(replacement: Runtime) -> Runtime:
+    """Put another runtime in place (tests); returns the one before."""
+    global runtime
+    before, runtime = runtime, replacement
+    return before
+
+
+@dataclass
+class Place:
+    """Where one call runs. Used as ``with place.guard:``."""
+
+    op: str
+    module: ModuleType
+    device: torch.device
+    index: int
+    guard: AbstractContextManager[Any]
+
+    @property
+    def where(self) -> tuple[int, int]:
+        """Device index and current stream, as every CUDA function of the extension takes them."""
+        return self.index, runtime.stream(self.index)
+
+    @property
+    def capturing(self) -> bool:
+        """Is the current stream being captured into a graph?"""
+        return runtime.is_capturing()
+
+
+def place_of(op: str, tensor: Tensor) -> Place:
+    """Find the tensor's device; its current stream is asked for when needed."""
+    module = runtime.module(op)
+    index = runtime.index(tensor.device)
+    runtime.require(module, index)
+    return Place(op, module, tensor.device, index, runtime.on(index))
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """A table on the host (``handle``) and on the device (``words``)."""
+
+    handle: Any
+    words: Tensor
+
+    @property
+    def pair(self) -> tuple[Any, int]:
+        """The first two arguments of every CUDA function that reads a table."""
+        return self.handle, self.words.data_ptr()
+
+
+_tables: OrderedDict[Any, Table] = OrderedDict()
+
+
+def forget_tables() -> None:
+    """Free the device memory of all tables that are kept."""
+    _tables.clear()
+
+
+def table_of(place: Place, make: Callable[..., Any], *columns: Sequence[int]) -> Table:
+    """Get the table of these columns: the one kept, or a new one.
+
+    Keyed by stream, because it was written on that one. Under capture nothing is kept or taken:
+    the graph writes its own copy again at every replay, in memory of its own.
+    """
+    capturing = place.capturing
+    index, stream = place.where
+    key = (place.op, index, stream, tuple(map(tuple, columns)))
+    if not capturing and key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    handle = make(*columns)
+    words = torch.empty(handle.n_bytes // 8, dtype=torch.int64, device=place.device)
+    handle.write(words.data_ptr(), index, stream)
+    table = Table(handle, words)
+    if not capturing:
+        _tables[key] = table
+        while len(_tables) > KEPT_TABLES:
+            _tables.popitem(last=False)
+    return table
+
+
+# ---- indices -------------------------------------------------------------------------------------
+
+# Index tensors found right, by id: a weak reference, address, version counter and the number that
+# all positions are below. A tensor that torch has written since has another version.
+_checked: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+
+
+def _is_checked(index: Tensor, bound: int) -> bool:
+    known = _checked.get(id(index))
+    return (
+        known is not None
+        and known[0]() is index
+        and known[1:] == (index.data_ptr(), index._version, bound)
+    )
+
+
+def _remember(index: Tensor, bound: int) -> None:
+    if index.is_inference():  # has no version counter: checked at every call
+        return
+    key = id(index)
+    reference = weakref.ref(index, lambda _: _checked.pop(key, None))
+    _checked[key] = (reference, index.data_ptr(), index._version, bound)
+
+
+def check_indices(
+    place: Place, table: Table, indices: Sequence[Tensor], bounds: Sequence[int]
+) -> None:
+    """Raise unless all positions increase and lie inside their tensors.
+
+    One read of the indices and one wait for the device, the first time that these tensors are
+    seen; afterwards nothing but a look at their version counters.
+    """
+    fresh = [
+        (index, bound)
+        for index, bound in zip(indices, bounds, strict=True)
+        if index.numel() and (index.is_inference() or not _is_checked(index, bound))
+    ]
+    if not fresh:
+        return
+    if place.capturing:
+        raise RuntimeError(
+            f"piece_ops.{place.op}: indices must be checked before a CUDA graph is captured, since "
+            "that waits for the device; call the op once with the same index tensors first"
+        )
+    report = torch.empty(1, dtype=torch.int64, device=place.device)
+    place.module.cuda_check_indices(*table.pair, report.data_ptr(), *place.where)
+    t, slot = table.handle.locate(report.item())
+    if t < 0:
+        for index, bound in fresh:
+            _remember(index, bound)
+        return
+    i, n = int(indices[t][slot]), bounds[t]
+    where = f"piece_ops.{place.op}: indices[{t}] must be"
+    if not 0 <= i < n:
+        raise ValueError(f"{where} in 0..{n - 1}, got {i} at slot {slot}")
+    previous = int(indices[t][slot - 1])
+    raise ValueError(f"{where} strictly increasing, got {i} after {previous} at slot {slot}")

@@ -1,0 +1,262 @@
+"""``make test-cuda``: what only a GPU can show. Needs torch with CUDA and the built extension.
+
+``PYTHONPATH=.:python_tests python -m gpu.run [CHECK ...]``
+
+Plain Python, because a machine with a GPU may have no package registry; the contract tests of the
+ops are run too where there are pytest and hypothesis. Ends with 0 if everything held.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
+from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_same_selection
+from helpers.emulated_worker import CASES, same
+from helpers.on_gpu import each, gpu_implementations
+
+import piece_ops
+from piece_ops.backends import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")
+GPU = torch.device("cuda", 0)
+
+
+def search_path() -> dict[str, str]:
+    """The environment of a process that is to find this package and the tests' helpers."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])}
+
+
+def check_same_bits_as_the_cpu() -> None:
+    """Generated cases of every op but select_topk."""
+    implementations = gpu_implementations()
+    for kind, make in CASES.items():
+        if kind != "select_topk":
+            for name, gpu, cpu in make(torch.Generator().manual_seed(6), implementations):
+                want = cpu()
+                same(gpu(), want, name)
+
+
+def _select(case: SelectCase, device: str) -> Any:
+    def there(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: there(part) for key, part in x.items()}
+        return each(x, lambda tensor: tensor.to(device))
+
+    options = dict(case.options)
+    if "exclude" in options:
+        options["exclude"] = there(options["exclude"])
+    return piece_ops.select_topk(there(case.scores), case.k, **options)
+
+
+def check_selections() -> None:
+    """Generated cases: the CPU's selection, whatever the distribution, dtype and options."""
+    g = torch.Generator().manual_seed(7)
+    for distribution in (
+        "gaussian_squared",
+        "few_values",
+        "with_nan_inf",
+        "subnormal",
+        "all_equal",
+    ):
+        for dtype in (F32, BF16, F16, F64, None):
+            for case in select_cases(dtype, distribution, g, (1025, 65_537, 2**20 + 3)):
+                want, got = _select(case, "cpu"), _select(case, "cuda")
+                got = piece_ops.TopK(_home(got.indices), got.threshold, got.ties_kept)
+                assert_same_selection(got, want, case.name)
+
+
+def _home(x: Any) -> Any:
+    return {k: v.cpu() for k, v in x.items()} if isinstance(x, dict) else each(x, lambda t: t.cpu())
+
+
+def check_side_stream() -> None:
+    """Work queued on a stream that is not the default one is ordered by that stream."""
+    g = torch.Generator().manual_seed(1)
+    grads = [draw("normal", n, BF16, g) for n in (5, 1_000_003, 0, 70_000)]
+    want = [x.float() ** 2 for x in grads]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # so that an op on the wrong stream runs too early
+        there = [x.to(GPU, non_blocking=True) for x in grads]
+        got = [torch.zeros(x.numel(), device=GPU) for x in grads]
+        piece_ops.accumulate_squares_(got, there)
+    stream.synchronize()
+    assert_all_bits_equal([x.cpu() for x in got], want)
+
+
+def check_graph_capture() -> None:
+    """Every op with results of fixed size is captured and replayed; bad gradients are reported."""
+    weight = torch.zeros(100_000, dtype=BF16, device=GPU)
+    index = torch.arange(0, 100_000, 7, device=GPU)
+    values, m, v = (torch.zeros(index.numel(), device=GPU) for _ in range(3))
+    grad = torch.randn(100_000, device=GPU)
+    square = torch.zeros(100_000, device=GPU)
+
+    def step() -> torch.Tensor:
+        piece_ops.accumulate_squares_([square], [grad])
+        piece_ops.sparse_adamw_(
+            [weight], [index], [values], [grad], [m], [v], step=1, lr=1e-2, weight_decay=0.0
+        )
+        piece_ops.scatter_([weight], [index], piece_ops.gather([weight], [index]))
+        return torch.ops.piece_ops.total([square])
+
+    step()  # outside first: indices are checked, the counter of skipped replays is made
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    squared = grad.cpu() * grad.cpu()
+    want = squared + squared + squared
+    assert_bits_equal(square.cpu(), want, "three accumulations")
+    assert float(result) == piece_ops.total(want)
+    grad.fill_(float("inf"))
+    graph.replay()
+    try:
+        piece_ops.accumulate_squares_([square], [torch.zeros_like(grad)])
+    except ValueError as error:
+        assert "1 replays" in str(error), error
+    else:
+        raise AssertionError("a replay with infinite gradients went unreported")
+    assert_bits_equal(square.cpu(), want, "after the refused replay")
+
+
+def check_second_device() -> None:
+    """Tensors on a device that is not the current one; the current one stays."""
+    if torch.cuda.device_count() < 2:
+        print("   one device only: left out")
+        return
+    x = torch.randn(200_000)
+    there = x.to("cuda:1")
+    square = torch.zeros_like(there)
+    piece_ops.accumulate_squares_([square], [there])
+    assert torch.cuda.current_device() == 0
+    assert_bits_equal(square.cpu(), x * x)
+    assert piece_ops.total(there) == piece_ops.total(x)
+    got, want = piece_ops.select_topk(there, 777), piece_ops.select_topk(x, 777)
+    assert_bits_equal(got.indices.cpu(), want.indices)
+
+
+def check_past_2_32() -> None:
+    """4.3e9 elements: positions past 2^32 in every op."""
+    n = 2**32 + 12_345
+    free, _ = torch.cuda.mem_get_info()
+    if free < 12 * n:
+        print(f"   {free / 1e9:.0f} GB free, {12 * n / 1e9:.0f} wanted: left out")
+        return
+    x = torch.zeros(n, dtype=BF16, device=GPU)
+    index = torch.tensor([0, 2**31, 2**32, n - 1], device=GPU)
+    piece_ops.scatter_(x, index, torch.tensor([1.0, 2.0, 3.0, 4.0], device=GPU))
+    assert piece_ops.gather(x, index).tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert piece_ops.total(x) == 10.0
+    assert piece_ops.select_topk(x, 3).indices.tolist() == [2**31, 2**32, n - 1]
+    square = torch.zeros(n, device=GPU)
+    piece_ops.accumulate_squares_([square], [x])
+    assert piece_ops.gather(square, index).tolist() == [1.0, 4.0, 9.0, 16.0]
+    assert piece_ops.total(square) == 30.0
+    one = [torch.zeros(4, device=GPU) for _ in range(3)]
+    piece_ops.sparse_adamw_(
+        [x], [index], [one[0]], [torch.ones(4, device=GPU)], [one[1]], [one[2]], step=1, lr=0.5
+    )
+    assert_bits_equal(piece_ops.gather(x, index), one[0].to(BF16))
+
+
+def check_host_time_of_a_plan() -> None:
+    """Not a measurement, only that nothing waits: 200 steps are queued behind a long kernel."""
+    index = torch.arange(0, 1000, 3, device=GPU)
+    lists = [[torch.zeros(index.numel(), device=GPU)] for _ in range(4)]
+    plan = cuda.SparseAdamwPlan([torch.zeros(1000, device=GPU)], [index], *lists)
+    plan.step(1, 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    start = time.perf_counter()
+    for step in range(2, 202):
+        plan.step(step, 1e-3)
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    assert seconds < 0.5, f"200 steps took {seconds:.2f} s of host time behind a busy GPU"
+
+
+def check_contract_tests() -> None:
+    """python_tests/test_<op>.py with their tensors moved to the GPU."""
+    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"   no {' and '.join(missing)} here: left out")
+        return
+    files = [f"python_tests/test_{name}.py" for name in CONTRACTS]
+    command = [sys.executable, "-m", "pytest", "-p", "helpers.on_gpu", "-p", "no:cacheprovider"]
+    subprocess.run([*command, "-W", "ignore", *files], cwd=ROOT, env=search_path(), check=True)
+
+
+def check_compute_sanitizer() -> None:
+    """memcheck and racecheck over the generated cases."""
+    tool = shutil.which("compute-sanitizer")
+    if not tool:
+        print("   no compute-sanitizer here: left out")
+        return
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, f"--tool={kind}", "--error-exitcode=9", sys.executable, "-m", "gpu.run"]
+        done = subprocess.run(
+            [*command, "same_bits_as_the_cpu"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=search_path(),
+        )
+        if done.returncode and "ERROR SUMMARY" not in done.stdout:
+            print(f"   {kind} cannot run here: {done.stdout[-300:]} {done.stderr[-300:]}")
+            continue
+        assert done.returncode == 0, done.stdout[-3000:]
+
+
+CHECKS: list[Callable[[], None]] = [
+    check_same_bits_as_the_cpu,
+    check_selections,
+    check_side_stream,
+    check_graph_capture,
+    check_second_device,
+    check_past_2_32,
+    check_host_time_of_a_plan,
+    check_contract_tests,
+    check_compute_sanitizer,
+]
+
+
+def main(names: list[str]) -> int:
+    if not torch.cuda.is_available():
+        print("make test-cuda: wanted a CUDA device, got none")
+        return 2
+    failed = []
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_")
+        if names and name not in names:
+            continue
+        start = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        try:
+            check()
+        except (Exception, SystemExit) as error:
+            failed.append(name)
+            print(f"   FAILED: {type(error).__name__}: {error}")
+        else:
+            print(f"   held, {time.perf_counter() - start:.1f} s")
+        torch.cuda.empty_cache()
+    print(f"failed: {', '.join(failed)}" if failed else "everything held")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

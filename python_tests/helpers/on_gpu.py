@@ -1,0 +1,67 @@
+"""Run the CUDA ops on CPU tensors by moving them to the GPU and back.
+
+As a pytest plugin (``-p helpers.on_gpu``): every contract test of an op then checks the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.emulated import cuda_implementations
+
+
+DEVICE = "cuda"
+
+
+def moved(x: Tensor) -> Tensor:
+    """A copy on the GPU that starts as far from a 16-byte boundary as the original may do."""
+    offset = x.storage_offset() % 8
+    whole = torch.empty(x.numel() + offset, dtype=x.dtype, device=DEVICE)
+    return whole[offset:].view(x.shape).copy_(x.detach())
+
+
+def each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to a tensor, or to those of a list or tuple; other things as they are."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(each(part, change) for part in x)
+    return x
+
+
+def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same op over CPU tensors; what it writes on the GPU is copied back."""
+
+    def run(*arguments: Any) -> Any:
+        given = [a for a in arguments]
+        there = each(given, moved)
+        result = function(*there)
+        for argument, copy in zip(given, there, strict=True):
+            if not isinstance(argument, (list, tuple)):
+                continue
+            for x, y in zip(argument, copy, strict=True):
+                # Written is what torch's counter says: moved() itself counted once.
+                if isinstance(x, Tensor) and y._version > 1:
+                    with torch.no_grad():
+                        x.copy_(y)
+        return each(result, lambda x: x.cpu())
+
+    return run
+
+
+def gpu_implementations() -> dict[str, Callable[..., Any]]:
+    return {op: on_gpu(function) for op, function in cuda_implementations().items()}
+
+
+_kept: list[Any] = []
+
+
+def pytest_configure(config: Any) -> None:
+    library = torch.library.Library("piece_ops", "IMPL")
+    for op, function in gpu_implementations().items():
+        library.impl(op, function, "CPU", allow_override=True)
+    _kept.append(library)

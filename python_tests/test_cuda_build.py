@@ -1,0 +1,147 @@
+"""The CUDA build, without a GPU: every kernel on every architecture, no spill, import, no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.emulated import configure_and_build
+
+from piece_ops._native import extension
+from piece_ops.backends import _cuda_runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc here: nothing to compile with")
+
+
+def resources(text: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, architecture) -> registers, shared bytes and spilled bytes, from ptxas -v."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    here: dict[str, int] = {}
+    for line in text.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            here = found.setdefault((entry[1], entry[2]), {})
+        if spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            here["spilled"] = int(spill[1]) + int(spill[2])
+        if used := re.search(r"Used (\d+) registers", line):
+            here["registers"] = int(used[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            here["shared"] = int(shared[1]) if shared else 0
+    return found
+
+
+def test_the_report_of_ptxas_is_understood() -> None:
+    text = """ptxas info    : Compiling entry function 'f_kernel' for 'sm_90'
+        8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+    ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem"""
+    want = {"registers": 40, "shared": 2048, "spilled": 12}
+    assert resources(text) == {("f_kernel", "sm_90"): want}
+
+
+@needs_nvcc
+def test_every_kernel_compiles_for_every_architecture_without_spilling() -> None:
+    """The target cuda_resources: warnings and spills are errors; occupancy is not lost by accident.
+
+    64 registers keep 32 warps of an SM resident; what needs more says so here.
+    """
+    folder = configure_and_build(
+        "cuda-resources", "-DPIECE_OPS_CUDA=ON", target="cuda_resources", compiler=NVCC
+    )
+    reports = sorted((folder / "resources").glob("*.txt"))
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert [r.stem for r in reports] == [s.stem for s in sources]
+    found = resources("\n".join(r.read_text() for r in reports))
+    kernels = {kernel for kernel, _ in found}
+    assert {arch for _, arch in found} == set(ARCHITECTURES)
+    assert len(found) == len(kernels) * len(ARCHITECTURES)
+    assert all("_kernel" in kernel for kernel in kernels)
+    for (kernel, arch), used in found.items():
+        assert used["spilled"] == 0, f"{kernel} {arch}: {used}"
+        assert used["shared"] <= 48 * 1024, f"{kernel} {arch}: {used}"
+        assert used["registers"] <= 128, f"{kernel} {arch}: {used}"
+
+
+def test_imports_without_a_driver_and_says_what_is_missing() -> None:
+    """In a process of its own that must not see a GPU."""
+    code = """
+import piece_ops
+from piece_ops._native import extension
+module = extension()
+if module.cuda_architectures:
+    try:
+        module.cuda_require_device(0)
+    except RuntimeError as error:
+        print(error)
+else:
+    print("no CUDA in this build")
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    if not extension().cuda_architectures:
+        assert "no CUDA in this build" in done.stdout
+        return
+    assert "needs an NVIDIA GPU and its driver, got cudaError" in done.stdout, done.stdout
+    assert re.search(r"\((35|100)\)", done.stdout), done.stdout
+
+
+def test_the_module_needs_no_cuda_library() -> None:
+    """The runtime is linked in: what is looked for at import is there on every machine."""
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("no readelf")
+    done = subprocess.run(
+        [readelf, "-d", str(extension().__file__)], capture_output=True, text=True, check=True
+    )
+    needed = re.findall(r"NEEDED.*\[(.*)\]", done.stdout)
+    assert needed and not [name for name in needed if "cuda" in name or "nv" in name], needed
+
+
+def test_what_is_built_in_is_named() -> None:
+    built = tuple(extension().cuda_architectures)
+    if built and "CMAKE_CUDA_ARCHITECTURES" not in os.environ.get("CMAKE_ARGS", ""):
+        assert built == (*ARCHITECTURES, "compute_120")
+
+
+def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CpuOnly:
+        cuda_architectures = ()
+
+    monkeypatch.setattr(_cuda_runtime, "extension", CpuOnly)
+    with pytest.raises(NotImplementedError, match=r"piece_ops\.gather: .*PIECE_OPS_CUDA=ON"):
+        _cuda_runtime.Runtime().module("gather")
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda_require_device is asked once for each device, and its error is passed on."""
+    asked = []
+
+    class Module:
+        def cuda_require_device(self, index: int) -> None:
+            asked.append(index)
+            if index:
+                raise RuntimeError("piece_ops: this build has CUDA code for sm_80, but ...")
+
+    runtime, module = _cuda_runtime.Runtime(), Module()
+    for _ in range(2):
+        runtime.require(module, 0)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="this build has CUDA code for"):
+            runtime.require(module, 1)  # type: ignore[arg-type]
+    assert asked == [0, 1, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_describe_without_a_gpu() -> None:
+    from piece_ops import _native
+
+    assert _native.describe()["gpu"] is None
