@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, LARGE_SIZES, cut, draw, pick
-from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
-from helpers.tolerances import ACCUMULATE_SQUARES, ACCUMULATE_SUMS
 from torch import Tensor
 
 from piece_ops import reference
 from piece_ops.functional import accumulate_squares_
+
+from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, LARGE_SIZES, cut, draw, pick
+from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
+from helpers.tolerances import ACCUMULATE_SQUARES, ACCUMULATE_SUMS
 
 GRADS = {"fp32": F32, "bf16": BF16, "fp16": F16}
 NAMES = ("gaussian_squared", "normal", "zeros_99", "signed_zeros", "subnormal", "subnormal_mixed")

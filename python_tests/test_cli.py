@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.tiny_lm import save_tiny, write_rows
 
 import piece_ops
 from piece_ops import cli
 from piece_ops.selection import Selection
+
+from helpers.tiny_lm import save_tiny, write_rows
 
 ROWS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
 

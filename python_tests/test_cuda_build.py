@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.emulated import configure_and_build
 
 from piece_ops._native import extension
 from piece_ops.backends import _cuda_runtime
+
+from helpers.emulated import configure_and_build
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")

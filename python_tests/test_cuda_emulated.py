@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import BF16, DTYPES, F16, F32, F64, draw, pick, some_positions
-from helpers.compare import assert_all_bits_equal, assert_bits_equal
-from helpers.emulated import ROOT, EmulatedRuntime, build, emulation, load
 from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops.backends import _cuda_runtime, cuda
+
+from helpers.cases import BF16, DTYPES, F16, F32, F64, draw, pick, some_positions
+from helpers.compare import assert_all_bits_equal, assert_bits_equal
+from helpers.emulated import ROOT, EmulatedRuntime, build, emulation, load
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the emulation switches stacks in x86-64 assembler"

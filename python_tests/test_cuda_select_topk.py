@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Generator, Tensor
+
+from piece_ops import functional
+from piece_ops.backends import cpu, cuda, cuda_select_topk
+from piece_ops.functional import Score, select_topk
+
 from helpers import emulated
 from helpers.cases import (
     BF16,
@@ -31,11 +37,6 @@ from helpers.cases import (
     some_positions,
 )
 from helpers.compare import assert_bits_equal, assert_same_selection
-from torch import Generator, Tensor
-
-from piece_ops import functional
-from piece_ops.backends import cpu, cuda, cuda_select_topk
-from piece_ops.functional import Score, select_topk
 
 ALGORITHMS = ("auto", "filter", "radix")
 TILE, SPARSE_TILE, SMALL = 4096, 32768, 65536  # csrc/cuda/select_topk_types.h, ops/select_topk.h

@@ -8,6 +8,7 @@ import re
 import subprocess
 
 import pytest
+
 from helpers.emulated import ROOT, build
 
 pytestmark = pytest.mark.skipif(

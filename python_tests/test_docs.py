@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_lm import save_tiny
 
 import piece_ops
+
+from helpers.tiny_lm import save_tiny
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODULES = [

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.cases import BF16, DTYPES, EDGE_SIZES, F16, F32, draw, some_positions
-from helpers.compare import assert_all_bits_equal, assert_bits_equal
-from piece_ops.functional import gather
 
 from piece_ops import reference
+from piece_ops.functional import gather
+
+from helpers.cases import BF16, DTYPES, EDGE_SIZES, F16, F32, draw, some_positions
+from helpers.compare import assert_all_bits_equal, assert_bits_equal
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import MODELS, batch, gpt2, llama
 from torch import nn
 
 import piece_ops.importance.statistics as statistics_module
 from piece_ops import reference
 from piece_ops.importance import METHODS, Importance, estimate
 from piece_ops.selection import Selection
+
+from helpers.tiny_models import MODELS, batch, gpt2, llama
 
 
 @pytest.fixture(autouse=True)

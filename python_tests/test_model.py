@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_models import MODELS, batch, gpt2, llama, random_positions
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +20,8 @@ from piece_ops.importance import estimate
 from piece_ops.model import PieceModel
 from piece_ops.optim import SparseAdamW
 from piece_ops.selection import Selection
+
+from helpers.tiny_models import MODELS, batch, gpt2, llama, random_positions
 
 DATA = batch(3, 7, seed=1)
 

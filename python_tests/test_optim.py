@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import batch, gpt2, llama, random_positions
 from torch import Tensor, nn
 
 import piece_ops.optim as optim_module
 from piece_ops.model import PieceModel
 from piece_ops.optim import SparseAdamW
 from piece_ops.selection import Selection
+
+from helpers.tiny_models import batch, gpt2, llama, random_positions
 
 
 @pytest.fixture(autouse=True)

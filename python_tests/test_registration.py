@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import BF16, F32
-from helpers.compare import assert_all_bits_equal
 from torch import Tensor
 
 import piece_ops
+
+from helpers.cases import BF16, F32
+from helpers.compare import assert_all_bits_equal
 
 OPS = torch.ops.piece_ops
 MUTATED = {

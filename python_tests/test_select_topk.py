@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from piece_ops import reference
+from piece_ops.functional import Score, select_topk
+
 from helpers.cases import (
     BF16,
     DISTRIBUTIONS,
@@ -27,11 +33,6 @@ from helpers.cases import (
     some_positions,
 )
 from helpers.compare import assert_all_bits_equal, assert_same_selection, bits
-from hypothesis import given
-from hypothesis import strategies as st
-
-from piece_ops import reference
-from piece_ops.functional import Score, select_topk
 
 ALGORITHMS = ("auto", "filter", "radix")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import BF16
-from piece_ops.functional import select_topk
 
+from piece_ops.functional import select_topk
 from piece_ops.reference import check_topk
+
+from helpers.cases import BF16
 
 N = 2**32 + 2**20 + 77
 CHUNK = 2**26

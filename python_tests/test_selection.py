@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import gpt2, llama, random_positions
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from piece_ops.selection import Selection, split_name
+
+from helpers.tiny_models import gpt2, llama, random_positions
 
 
 def some_selection(model: nn.Module | None = None) -> Selection:

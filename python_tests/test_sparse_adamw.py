@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, draw, pick, some_positions
-from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
-from helpers.tolerances import ADAMW_100_STEPS, ADAMW_TORCH_100_STEPS
 from torch import Tensor
 
 from piece_ops import reference
 from piece_ops.functional import sparse_adamw_
+
+from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, draw, pick, some_positions
+from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
+from helpers.tolerances import ADAMW_100_STEPS, ADAMW_TORCH_100_STEPS
 
 WEIGHTS = {"fp32": F32, "bf16": BF16, "fp16": F16}
 RATES = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from piece_ops import reference
+from piece_ops.functional import total
+
 from helpers.cases import BF16, DTYPES, EDGE_SIZES, F16, F32, LARGE_SIZES, cut, draw, pick
 from helpers.compare import assert_all_bits_equal
 from helpers.tolerances import TOTAL
-from piece_ops.functional import total
-
-from piece_ops import reference
 
 
 def check(tensors: list[torch.Tensor], what: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_lm import save_tiny, tiny_model, tiny_tokenizer, write_rows
 from torch.nn import functional as F
 
 import piece_ops.training.continual as run_module
@@ -28,6 +27,8 @@ from piece_ops.training.report import format_results, format_table
 from piece_ops.training.results import Results, TaskRecord
 from piece_ops.training.tasks import TaskError, read_rows, split_argument
 from piece_ops.training.train import TrainingError, rate_factor, train_task
+
+from helpers.tiny_lm import save_tiny, tiny_model, tiny_tokenizer, write_rows
 
 COLOURS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import batch, llama
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from piece_ops.importance import estimate
 from piece_ops.model import PieceModel
 from piece_ops.optim import SparseAdamW
+
+from helpers.tiny_models import batch, llama
 
 DATA = batch(3, 7, seed=1)
 

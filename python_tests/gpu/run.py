@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import piece_ops
+from piece_ops.backends import cuda
+
 from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
 from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_same_selection
 from helpers.emulated_worker import CASES, same
 from helpers.on_gpu import each, gpu_implementations
-
-import piece_ops
-from piece_ops.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")

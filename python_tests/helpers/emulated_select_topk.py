@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.cases import BF16, F16, F32, draw, some_positions
 from piece_ops.backends import cpu, cuda_select_topk
+
+from helpers.cases import BF16, F16, F32, draw, some_positions
 
 Run = Callable[[], Any]
 

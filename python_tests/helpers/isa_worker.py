@@ -19,6 +19,9 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from piece_ops import _native
+from piece_ops import functional as ops
+
 from helpers.cases import (
     BF16,
     DISTRIBUTIONS,
@@ -34,8 +37,6 @@ from helpers.cases import (
     some_positions,
 )
 from helpers.compare import bits
-from piece_ops import _native
-from piece_ops import functional as ops
 
 FINITE = ("normal", "zeros_99", "signed_zeros", "subnormal_mixed", "lognormal4")
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from helpers.emulated import cuda_implementations
 
-
 DEVICE = "cuda"
 
 
