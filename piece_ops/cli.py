@@ -196,7 +196,7 @@ def _train(arguments: argparse.Namespace) -> int:
         texts=_texts(arguments),
         overwrite=arguments.overwrite,
         save=not arguments.no_save_model,
-        show=True,
+        show=sys.stderr.isatty(),
     )
     print()
     print(format_results(results))
@@ -221,13 +221,17 @@ def _eval(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model, dtype=settings.dtype)
     rows, found = [], {}
     for task in tasks:
-        score = evaluate(model, encoder, task.held_out, settings.eval_batch_size, show=True)
+        score = evaluate(
+            model, encoder, task.held_out, settings.eval_batch_size, show=sys.stderr.isatty()
+        )
         found[task.name] = vars(score)
         rows.append([task.name, str(score.rows), percent(score.accuracy), nats(score.loss)])
     print(format_table(["task", "rows", "right %", "answer loss"], rows))
     losses = {}
     for text in texts:
-        losses[text.name] = text_loss(model, encoder, text, settings.eval_batch_size, show=True)
+        losses[text.name] = text_loss(
+            model, encoder, text, settings.eval_batch_size, show=sys.stderr.isatty()
+        )
     if texts:
         print()
         rows = [[name, perplexity_text(loss)] for name, loss in losses.items()]
@@ -256,7 +260,7 @@ def _select(arguments: argparse.Namespace) -> int:
     chooser = Chooser(encoder, settings)
     rows = encoder.encode_all(tasks[0].train)
     model = load_model(arguments.model, dtype=settings.dtype)
-    selection = chooser.select(model, rows, tasks[0].name, 0, show=True)
+    selection = chooser.select(model, rows, tasks[0].name, 0, show=sys.stderr.isatty())
     print(selection.report())
     if arguments.out:
         selection.save(arguments.out)
