@@ -62,5 +62,5 @@ def show_progress(
             "piece_ops.estimate: progress=True needs tqdm; install it with: "
             'pip install "piece_ops[train]"'
         ) from error
-    shown: Iterable[Any] = tqdm(items, desc=title, total=total, unit="batch", leave=False)
+    shown: Iterable[Any] = tqdm(items, desc=title, total=total, unit="batch")
     return shown
