@@ -1,7 +1,7 @@
 """The ops as documented functions.
 
-Every function takes one array, a list, a tuple or a dict of arrays (PyTorch tensors on the CPU,
-or NumPy arrays, used in place) and returns results arranged like its input. Errors are
+Every function takes one array, a list, a tuple or a dict of arrays (PyTorch tensors or NumPy
+arrays, used in place) and returns results arranged like its input. Errors are
 ``ValueError`` or ``TypeError`` that say where, wanted, got. No function copies an input, changes
 one that it does not name with a trailing underscore, or keeps any state.
 """
