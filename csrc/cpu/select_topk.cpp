@@ -15,9 +15,9 @@
 //               again; ties are granted to the first tiles, so that is k elements and a few.
 //            A dense selection (k > n / 4) keeps nothing: radix to the last digit, then two reads.
 //            "auto" is "filter" but for dense ones.
-// Traffic    4 bytes an element of float32 read once, + 1.6 % for the sample, + 24 bytes a
+// Traffic    4 bytes an element of float32 read once, + 0.4 % for the sample, + 24 bytes a
 //            selected one. Bound: memory. The read floor is 4 bytes an element.
-// Scratch    12 bytes (float64: 16) a kept element, 40 a tile of 64 Ki elements, sample 0.4 %.
+// Scratch    8 bytes (float64: 12) a kept element, 40 a tile of 64 Ki elements, sample 0.02 %.
 // Determinism  the result is defined by the scores alone; threads, tiles and instruction set only
 //            change who finds it.
 // Limits     2^63 - 1 elements, any number of tensors.
