@@ -7,6 +7,7 @@ other weight bit for bit as it was. The ops work on plain tensors; `Importance`,
 
 from __future__ import annotations
 
+from piece_ops.delta import Delta
 from piece_ops.functional import (
     Score,
     TopK,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Delta",
     "Importance",
     "PieceModel",
     "Score",

@@ -1,0 +1,10 @@
+"""What a task changed: sparse patches of a model's weights that are kept, applied and reverted.
+
+`Delta` is the object and its file; the modules beside it hold what its methods do.
+"""
+
+from __future__ import annotations
+
+from piece_ops.delta.record import Delta
+
+__all__ = ["Delta"]
