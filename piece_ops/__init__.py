@@ -10,6 +10,7 @@ from __future__ import annotations
 from piece_ops.functional import (
     Score,
     TopK,
+    accumulate_per_sample_squares_,
     accumulate_squares_,
     gather,
     scatter_,
@@ -33,6 +34,7 @@ __all__ = [
     "SparseAdamW",
     "TopK",
     "__version__",
+    "accumulate_per_sample_squares_",
     "accumulate_squares_",
     "estimate",
     "gather",
