@@ -85,7 +85,8 @@ sanitize: $(VENV)/.extra-test
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" PYTHONPATH=$(SANITIZED)/site \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/pytest -p no:cacheprovider -m "not slow" \
-	  $(wildcard python_tests/test_accumulate_squares.py python_tests/test_select_topk*.py \
+	  $(wildcard python_tests/test_accumulate_squares.py \
+	    python_tests/test_accumulate_per_sample_squares.py python_tests/test_select_topk*.py \
 	    python_tests/test_sparse_adamw.py python_tests/test_gather.py \
 	    python_tests/test_scatter.py python_tests/test_total.py)
 

@@ -266,6 +266,16 @@ def check_offsets(offsets: Tensor, tokens: int, scales: Tensor | None) -> None:
         raise ValueError(f"{where}: scales must be finite, got {float(scales[n])} for sample {n}")
 
 
+def raise_for_nonfinite_factor(grad_output: Tensor, input: Tensor, which: int, count: int) -> None:
+    """What a backend found: which 0 is grad_output, 1 input, negative: all is finite."""
+    if which >= 0:
+        name, factor = (("grad_output", grad_output), ("input", input))[which]
+        raise ValueError(
+            f"piece_ops.accumulate_per_sample_squares_: {name} must be finite, got {count} NaN or "
+            f"infinite of {factor.numel()}; nothing was added"
+        )
+
+
 @register_fake("accumulate_per_sample_squares_")
 def _fake_accumulate_per_sample_squares_(
     square_sums: Tensor | None,

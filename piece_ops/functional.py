@@ -266,8 +266,9 @@ def accumulate_per_sample_squares_(
     Notes
     -----
     Cost: the multiplications of the batch's ordinary weight gradient, whatever the number of
-    samples, and one read and write of each accumulator. The additions inside a sample are done by
-    a matrix product in float32, whose order depends on shapes and thread count.
+    samples, and one read and write of each accumulator; scratch: the size of input in float32, at
+    most some 64 MiB. The same bits for any thread count; between instruction sets and devices the
+    last places differ. Algorithm: ``csrc/cpu/accumulate_per_sample_squares.cpp``.
 
     Examples
     --------
