@@ -11,6 +11,7 @@ from piece_ops.delta import Delta, TaskSwitch, diff
 from piece_ops.functional import (
     Score,
     TopK,
+    accumulate_per_sample_squares_,
     accumulate_squares_,
     gather,
     scatter_,
@@ -36,6 +37,7 @@ __all__ = [
     "TaskSwitch",
     "TopK",
     "__version__",
+    "accumulate_per_sample_squares_",
     "accumulate_squares_",
     "diff",
     "estimate",
