@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 import piece_ops
 
 from helpers.cases import BF16, F32
-from helpers.compare import assert_all_bits_equal
+from helpers.compare import assert_all_bits_equal, assert_bits_equal
 
 OPS = torch.ops.piece_ops
 MUTATED = {
@@ -21,6 +22,7 @@ MUTATED = {
     "gather": (),
     "scatter_": ("targets",),
     "total": (),
+    "sampled_weight_grad": (),
 }
 
 
@@ -43,6 +45,8 @@ def arguments(op: str) -> tuple[Any, ...]:
         return [a, b], indices, None
     if op == "scatter_":
         return [a, b.to(BF16)], indices, values
+    if op == "sampled_weight_grad":
+        return a, torch.randn(4, 6, generator=g).to(BF16), torch.tensor([0, 3, 29])
     return ([a, b],)
 
 
@@ -61,7 +65,14 @@ def is_tensor_list(x: Any) -> bool:
 
 def moved(device: str, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments with their tensors on another device."""
-    return tuple([t.to(device) for t in x] if is_tensor_list(x) else x for x in given)
+    return tuple(with_tensors(lambda t: t.to(device), x) for x in given)
+
+
+def with_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The argument with its tensors changed: a list of them, one, or none."""
+    if is_tensor_list(x):
+        return [change(t) for t in x]
+    return change(x) if isinstance(x, Tensor) else x
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:
@@ -114,7 +125,7 @@ def test_the_schema_declares_what_is_written(op: str) -> None:
 def test_version_counters_of_what_is_written(op: str) -> None:
     """Written tensors are bumped (autograd can notice), the others are not. opcheck misses this."""
     given = named(op, arguments(op))
-    lists = {name: value for name, value in given.items() if isinstance(value, (list, tuple))}
+    lists = {n: v if isinstance(v, (list, tuple)) else [v] for n, v in given.items()}
     tensors = {name: [t for t in value if isinstance(t, Tensor)] for name, value in lists.items()}
     before = {name: [t._version for t in value] for name, value in tensors.items()}
     overload(op)(*given.values())
@@ -154,7 +165,7 @@ def test_fake_kernels_check_like_the_real_ones(op: str) -> None:
     """A wrong dtype is refused while tracing, with the message of the real call."""
     for device in ("cpu", "meta"):
         given = list(moved(device, arguments(op)))
-        given[0] = [t.int() for t in given[0]]
+        given[0] = with_tensors(Tensor.int, given[0])
         with pytest.raises(TypeError, match=rf"piece_ops\.{op}: .*int32"):
             overload(op)(*given)
 
@@ -174,6 +185,8 @@ def test_compiles_without_a_graph_break(op: str) -> None:
     for a, b in zip(traced, eager, strict=True):
         if is_tensor_list(b):
             assert_all_bits_equal(a, b, f"{op}: arguments")
+        elif isinstance(b, Tensor):
+            assert_bits_equal(a, b, f"{op}: arguments")
 
 
 def test_compiles_with_the_default_backend_inside_other_code() -> None:
