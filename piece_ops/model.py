@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ops._inject import Target, inject, is_injected, owners_of, restore
+from piece_ops._taps import place_taps
 from piece_ops.functional import gather, scatter_
 from piece_ops.importance.candidates import DTYPES
 from piece_ops.selection import Selection
@@ -265,6 +266,7 @@ class PieceModel(nn.Module):
         for target in self._targets:
             target.indices = target.indices.to(target.weight.device)
             target.synced_version = -1  # the weights have been rounded anew
+        place_taps(self._targets)
         return self
 
 

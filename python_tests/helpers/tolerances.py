@@ -28,3 +28,13 @@ ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
 # total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
 # additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
 TOTAL = 2**12 * EPS64
+
+
+def sum_of_products(terms: int) -> float:
+    """sampled_weight_grad and the like, relative to the sum of |g x| over the tokens.
+
+    Each product rounds once (not at all for 16-bit inputs), and in whatever order n products are
+    added, none goes through more than n - 1 additions; one more for a weight used twice, whose
+    gradients autograd adds.
+    """
+    return (terms + 1) * EPS32
