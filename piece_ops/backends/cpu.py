@@ -168,18 +168,21 @@ def total(tensors: list[Tensor]) -> Tensor:
 @register("sampled_weight_grad", "CPU")
 def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     _schema.check_sampled_weight_grad(grad_output, input, indices)
-    n = grad_output.shape[1] * input.shape[1]
-    wrong = (indices < 0) | (indices >= n)
-    wrong[1:] |= indices[1:] <= indices[:-1]
-    if wrong.any():
-        s = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"piece_ops.sampled_weight_grad: indices[0] must be strictly increasing in 0..{n - 1}, "
-            f"got {int(indices[s])} at slot {s}"
-        )
-    values = torch.zeros(indices.numel())
-    for begin in range(0, indices.numel(), 1024):
-        slots = slice(begin, begin + 1024)
-        i, j = indices[slots] // input.shape[1], indices[slots] % input.shape[1]
-        values[slots] = (grad_output[:, i].float() * input[:, j].float()).sum(0)
+    count = indices.numel()
+    values = torch.empty(count)
+    extension().sampled_weight_grad(
+        _matrix(grad_output),
+        _matrix(input),
+        grad_output.shape[0],
+        indices.data_ptr(),
+        count,
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
     return values
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, elements from row to row, columns, dtype."""
+    code = _schema.DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], code
