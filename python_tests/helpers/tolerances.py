@@ -38,3 +38,12 @@ def sum_of_products(terms: int) -> float:
     gradients autograd adds.
     """
     return (terms + 1) * EPS32
+
+
+# 50 training steps with sampled gradients against 50 with dense ones, in float32, of losses and
+# values, relative to 1 + |x|: AdamW's own roundings on both sides, and as much again for gradients
+# that differ by the order of their sums, which AdamW makes steps of lr <= 1e-2 times that.
+TRAINING_50_STEPS = 2 * ADAMW_TORCH_100_STEPS / 2
+# The same with bfloat16 weights, of the losses. The dense route rounds its gradients to bfloat16,
+# so masters drift apart until weights round to neighbours: losses as far apart as bfloat16 numbers.
+TRAINING_50_STEPS_BF16 = 2.0**-8
