@@ -53,9 +53,13 @@ class PieceModel(nn.Module):
 
     Notes
     -----
-    Memory: 4 bytes of master value, 8 of position and 4 of gradient per selected coordinate. The
-    backward pass still computes dense gradients of the weights that have selected coordinates, one
-    at a time; each is read at the positions and freed.
+    Memory per selected coordinate: 4 bytes of master value, 8 of position, 4 of gradient; 8 more
+    where backward keeps some columns of a layer's input instead of the input.
+
+    Linear layers (``nn.Linear``, transformers' ``Conv1D``) and embeddings compute the selected
+    entries of their gradients alone; second derivatives raise. Any other weight, that of a subclass
+    with a forward of its own, and one that other code reads as an attribute, gets a dense gradient,
+    one at a time, which is read at the positions and freed.
 
     A bfloat16 weight moves when its rounded master moves: small steps add up in the master.
 

@@ -32,7 +32,7 @@ def wrap(model: Any, density: float = 0.05) -> PieceModel:
     return PieceModel(model, Selection(random_positions(model, density), shapes, total))
 
 
-def step(wrapped: PieceModel, optimizer: torch.optim.Optimizer, data: dict[str, Tensor]) -> float:
+def step(wrapped: Any, optimizer: torch.optim.Optimizer, data: dict[str, Tensor]) -> float:
     loss = wrapped(**data).loss
     loss.backward()
     optimizer.step()
@@ -120,6 +120,20 @@ def test_50_steps_over_bf16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     general_route(monkeypatch)
     dense, _ = train(llama(dtype=torch.bfloat16))
     assert bool(((losses - dense).abs() <= TRAINING_50_STEPS_BF16 * (1 + dense.abs())).all())
+
+
+def test_a_compiled_model_learns_the_same_in_one_graph() -> None:
+    """Plus a break before the model, where changed values are written."""
+    losses = []
+    for is_compiled in (False, True):
+        wrapped = wrap(llama())
+        optimizer = SparseAdamW(wrapped.parameters(), lr=1e-2)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run = torch.compile(wrapped, backend="aot_eager") if is_compiled else wrapped
+        losses.append([step(run, optimizer, batch(3, 7, seed=seed)) for seed in range(2)])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert losses[1] == pytest.approx(losses[0], rel=TRAINING_50_STEPS)
 
 
 @pytest.mark.slow
