@@ -86,7 +86,7 @@ class Sampled:
 
 
 class Masked:
-    """Dense gradients times a 0/1 mask, then a dense AdamW; weights without selection are frozen."""
+    """Dense gradients times a mask, then a dense AdamW; weights without selection are frozen."""
 
     def __init__(self, model: nn.Module, selection: piece_ops.Selection, **kind: bool) -> None:
         self.model, self.weights, self.masks = model, [], []
