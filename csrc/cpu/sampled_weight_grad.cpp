@@ -12,6 +12,8 @@ namespace {
 
 // Indices that one thread follows before it looks for more.
 constexpr int64_t kIndicesAtOnce = 1024;
+// Floats of the transposed input, where one block of tokens does not need more: 1 MiB.
+constexpr int64_t kPanelFloats = 1 << 18;
 
 // The row and column of positions that come in increasing order; one division a row.
 class Walk {
@@ -64,12 +66,16 @@ int64_t piece_of(int64_t n, int threads, int64_t most) {
   return std::min(most, (share + 15) / 16 * 16);
 }
 
-void transpose(const Bodies& bodies, const ConstMatrix& matrix, int64_t first_token, int64_t tokens,
-               const int64_t* columns, int64_t n, float* panel) {
-  const char* data = static_cast<const char*>(matrix.data) +
-                     first_token * matrix.row_stride * size_of(matrix.dtype);
+// Returns the tokens of the block.
+int64_t transpose(const Bodies& bodies, const ConstMatrix& matrix, int64_t block,
+                  const int64_t* columns, int64_t n, float* panel) {
+  const int64_t first = block * kSampledBlock;
+  const int64_t tokens = std::min(kSampledBlock, matrix.rows - first);
+  const char* data =
+      static_cast<const char*>(matrix.data) + first * matrix.row_stride * size_of(matrix.dtype);
   bodies.transpose_columns(matrix.dtype, data, matrix.row_stride, matrix.columns, tokens, columns,
                            n, panel);
+  return tokens;
 }
 
 // The positions that a thread follows at once: at most kColumnsAtOnce rows of the weight.
@@ -112,34 +118,42 @@ void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& ar
   const int64_t column_piece = piece_of(used.count(), threads, kColumnsAtOnce);
   const int64_t index_piece = piece_of(indices.n, threads, kIndicesAtOnce);
 
-  const int64_t own_panel = kColumnsAtOnce * kPanelStride;
+  // Blocks of tokens whose input lies transposed at the same time.
+  const int64_t n_blocks = (grads.rows + kSampledBlock - 1) / kSampledBlock;
+  const int64_t block_floats = used.count() * kPanelStride;
+  const int64_t blocks_at_once =
+      std::min(n_blocks, std::max<int64_t>(1, kPanelFloats / block_floats));
+  const int64_t own_floats = kColumnsAtOnce * kPanelStride;
   const std::unique_ptr<float[]> panels(
-      new float[static_cast<size_t>(used.count() * kPanelStride + threads * own_panel)]);
-  float* const input_panel = panels.get();
-  float* const own_panels = input_panel + used.count() * kPanelStride;
+      new float[static_cast<size_t>(blocks_at_once * block_floats + threads * own_floats)]);
+  float* const own_panels = panels.get() + blocks_at_once * block_floats;
 
-  for (int64_t first = 0; first < grads.rows; first += kSampledBlock) {
-    const int64_t tokens = std::min(kSampledBlock, grads.rows - first);
-    parallel_for(threads, (used.count() + column_piece - 1) / column_piece, 1,
-                 [&](int, int64_t piece) {
-                   const int64_t begin = piece * column_piece;
-                   transpose(bodies, input, first, tokens, used.columns.data() + begin,
-                             std::min(column_piece, used.count() - begin),
-                             input_panel + begin * kPanelStride);
-                 });
-    parallel_for(threads, (indices.n + index_piece - 1) / index_piece, 1,
-                 [&](int thread, int64_t piece) {
-                   Run run;
-                   float* const panel = own_panels + thread * own_panel;
-                   int64_t s = piece * index_piece;
-                   const int64_t end = std::min(s + index_piece, indices.n);
-                   for (; s < end; s += run.n) {
-                     run.fill(indices.data + s, end - s, used);
-                     transpose(bodies, grads, first, tokens, run.rows, run.n_rows, panel);
-                     bodies.sampled_dots(panel, run.row_slots, input_panel, run.column_slots,
-                                         tokens, run.n, args.values + s);
-                   }
-                 });
+  const int64_t column_pieces = (used.count() + column_piece - 1) / column_piece;
+  const int64_t index_pieces = (indices.n + index_piece - 1) / index_piece;
+  for (int64_t first = 0; first < n_blocks; first += blocks_at_once) {
+    const int64_t blocks = std::min(blocks_at_once, n_blocks - first);
+    parallel_for(threads, blocks * column_pieces, 1, [&](int, int64_t piece) {
+      const int64_t block = piece / column_pieces;
+      const int64_t begin = piece % column_pieces * column_piece;
+      transpose(bodies, input, first + block, used.columns.data() + begin,
+                std::min(column_piece, used.count() - begin),
+                panels.get() + block * block_floats + begin * kPanelStride);
+    });
+    parallel_for(threads, index_pieces, 1, [&](int thread, int64_t piece) {
+      Run run;
+      float* const panel = own_panels + thread * own_floats;
+      int64_t s = piece * index_piece;
+      const int64_t end = std::min(s + index_piece, indices.n);
+      for (; s < end; s += run.n) {
+        run.fill(indices.data + s, end - s, used);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t tokens =
+              transpose(bodies, grads, first + block, run.rows, run.n_rows, panel);
+          bodies.sampled_dots(panel, run.row_slots, panels.get() + block * block_floats,
+                              run.column_slots, tokens, run.n, args.values + s);
+        }
+      }
+    });
   }
 }
 

@@ -28,3 +28,8 @@ ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
 # total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
 # additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
 TOTAL = 2**12 * EPS64
+
+# sampled_weight_grad against float64, relative to sum_t |grad_output| |input|: one rounding of the
+# product and, on the way of a product to the result, at most 8 additions in its lane, 5 in the tree
+# and one for each block of 256 tokens (of which the tests have at most 10).
+SAMPLED_WEIGHT_GRAD = (1 + 8 + 5 + 10) * EPS32
