@@ -22,6 +22,7 @@ constexpr int64_t kBlock = 1024;
 // lines, one more than the tokens need: rows of a power of two would fall into few sets of L1.
 constexpr int64_t kPanelStride = kSampledBlock + 16;
 constexpr int64_t kColumnsAtOnce = 128;
+constexpr int64_t kTileRows = 4;
 
 struct Bodies {
   // NaN and infinities among n numbers.
@@ -54,6 +55,10 @@ struct Bodies {
   // out[s] += the sum over a block's tokens of first[a[s]] * second[b[s]], rows of two panels.
   void (*sampled_dots)(const float* first, const int32_t* a, const float* second, const int32_t* b,
                        int64_t tokens, int64_t n, float* out);
+  // out[r * n + c] = the sum over a block's tokens of row r of first times row c of second, for
+  // kTileRows rows and n columns.
+  void (*dense_dots)(const float* first, const float* second, int64_t tokens, int64_t n,
+                     float* out);
   // Reads n_bytes and returns their xor in 8-byte words: the fastest plain read loop there is,
   // the denominator of the benchmarks.
   uint64_t (*read)(const void* data, int64_t n_bytes);

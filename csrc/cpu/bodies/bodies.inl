@@ -265,38 +265,82 @@ void transpose_columns(DType dtype, const void* x, int64_t row_stride, int64_t w
   }
 }
 
-// kWide dot products at a time: each leaves one Wide of partial sums, and these are transposed, so
-// that the last steps of the tree are kWide sums wide too.
+// lanes[p][u]: lanes p * kWide ... of the sum number u. The tree: parts first, then the kWide sums
+// are transposed, so that the steps inside a vector are kWide sums wide too.
+constexpr int kParts = static_cast<int>(kSampledLanes) / kWide;
+
+inline __attribute__((always_inline)) Wide add_lanes(Wide (*lanes)[kWide]) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) {
+      for (int u = 0; u < kWide; ++u) lanes[p][u] = lanes[p][u] + lanes[p + half][u];
+    }
+  }
+  Wide* sums = lanes[0];
+  transpose(sums);
+  for (int half = kWide / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) sums[l] = sums[l] + sums[l + half];
+  }
+  return sums[0];
+}
+
 void sampled_dots(const float* first, const int32_t* a, const float* second, const int32_t* b,
                   int64_t tokens, int64_t n, float* out) {
-  constexpr int kParts = static_cast<int>(kSampledLanes) / kWide;
   for (int64_t begin = 0; begin < n; begin += kWide) {
-    Wide sums[kWide];
+    Wide lanes[kParts][kWide];
     for (int u = 0; u < kWide; ++u) {
       const int64_t s = begin + u < n ? begin + u : n - 1;
       const float* x = first + a[s] * kPanelStride;
       const float* y = second + b[s] * kPanelStride;
-      Wide lanes[kParts] = {};
+      Wide own[kParts] = {};
       for (int64_t t = 0; t < tokens; t += kSampledLanes) {
         for (int p = 0; p < kParts; ++p) {
-          lanes[p] = lanes[p] + load_wide(x + t + p * kWide) * load_wide(y + t + p * kWide);
+          own[p] = own[p] + load_wide(x + t + p * kWide) * load_wide(y + t + p * kWide);
         }
       }
-      for (int half = kParts / 2; half > 0; half /= 2) {
-        for (int p = 0; p < half; ++p) lanes[p] = lanes[p] + lanes[p + half];
-      }
-      sums[u] = lanes[0];
+      for (int p = 0; p < kParts; ++p) lanes[p][u] = own[p];
     }
-    transpose(sums);
-    for (int half = kWide / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) sums[l] = sums[l] + sums[l + half];
-    }
+    const Wide sums = add_lanes(lanes);
     if (begin + kWide <= n) {
-      store_wide(out + begin, load_wide(out + begin) + sums[0]);
+      store_wide(out + begin, load_wide(out + begin) + sums);
     } else {
       float rest[kWide];
-      store_wide(rest, sums[0]);
+      store_wide(rest, sums);
       for (int64_t s = begin; s < n; ++s) out[s] = out[s] + rest[s - begin];
+    }
+  }
+}
+
+// Tiles of kWide sums, as square as they can be: what one row brings serves several columns, and
+// the accumulators fit the registers.
+void dense_dots(const float* first, const float* second, int64_t tokens, int64_t n, float* out) {
+  constexpr int kRows = kWide == 16 ? 4 : 2;
+  constexpr int kColumns = kWide / kRows;
+  for (int64_t column = 0; column < n; column += kColumns) {
+    const float* y[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+      y[c] = second + (column + c < n ? column + c : n - 1) * kPanelStride;
+    }
+    for (int64_t row = 0; row < kTileRows; row += kRows) {
+      const float* x = first + row * kPanelStride;
+      Wide lanes[kParts][kWide];
+      for (int p = 0; p < kParts; ++p) {
+        Wide own[kRows][kColumns] = {};
+        for (int64_t t = p * kWide; t < tokens; t += kSampledLanes) {
+          for (int r = 0; r < kRows; ++r) {
+            const Wide xs = load_wide(x + r * kPanelStride + t);
+            for (int c = 0; c < kColumns; ++c) {
+              own[r][c] = own[r][c] + xs * load_wide(y[c] + t);
+            }
+          }
+        }
+        for (int u = 0; u < kWide; ++u) lanes[p][u] = own[u / kColumns][u % kColumns];
+      }
+      float sums[kWide];
+      store_wide(sums, add_lanes(lanes));
+      for (int u = 0; u < kWide; ++u) {
+        const int64_t c = column + u % kColumns;
+        if (c < n) out[(row + u / kColumns) * n + c] = sums[u];
+      }
     }
   }
 }
@@ -319,8 +363,9 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite, accumulate_squares, to_float, evaluate,          scan_float,   scan_double,
-    keys_float,      keys_double,        adamw,    transpose_columns, sampled_dots, read,
+    count_nonfinite, accumulate_squares, to_float,    evaluate, scan_float,
+    scan_double,     keys_float,         keys_double, adamw,    transpose_columns,
+    sampled_dots,    dense_dots,         read,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE
