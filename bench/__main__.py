@@ -22,6 +22,7 @@ OPS = {
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
+    "training_step": "bench_training_step",
 }
 
 

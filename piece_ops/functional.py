@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ __all__ = [
     "accumulate_per_sample_squares_",
     "accumulate_squares_",
     "gather",
+    "sampled_weight_grad",
     "scatter_",
     "select_topk",
     "sparse_adamw_",
@@ -495,3 +497,73 @@ def total(tensors: Tensors) -> float:
         return 0.0
     with given.naming_errors():
         return float(_ops.total(given.tensors))
+
+
+def sampled_weight_grad(grad_output: Any, input: Any, indices: Any) -> Any:
+    """Compute selected entries of a Linear's weight gradient, without the others.
+
+    With a row of ``grad_output`` and of ``input`` for each token t and a weight [out, in], the
+    entry at flat position ``i * in + j`` is ``sum_t grad_output[t, i] * input[t, j]``. The two
+    matrices play the same part: for a weight stored as [in, out] (transformers' Conv1D) pass
+    ``input`` first and ``grad_output`` second.
+
+    Parameters
+    ----------
+    grad_output : array [..., out]
+        float32, bfloat16 or float16: the gradient with respect to the layer's output. Leading
+        dimensions are tokens. Rows of consecutive elements; the stride from row to row is free,
+        so a view of a larger activation is taken without a copy.
+    input : array [..., in]
+        Likewise, with as many tokens; its dtype may differ. What the layer was given; or only
+        some of its columns, with indices into a weight of that width.
+    indices : array
+        int64, flat, strictly increasing positions in 0 .. out * in - 1.
+
+    Returns
+    -------
+    array, float32, 1-D
+        One number for each index; zeros if there are no tokens. Products and sums are float32 in
+        one fixed order, so the bits do not depend on threads or instruction set. NaN and
+        infinities go through as arithmetic has it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit; positions out of range or not increasing.
+
+    Notes
+    -----
+    Cost: every used column of both matrices is read once, and each index adds ``tokens`` products.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> grad_output, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
+    >>> piece_ops.sampled_weight_grad(grad_output, x, torch.tensor([1]))  # 2 * 5 + 4 * 6
+    tensor([34.])
+    """
+    op = "sampled_weight_grad"
+    given = Arrangement(op, "indices", as_tensor(op, "indices", indices, is_written=False))
+    matrices = [
+        _as_matrix(op, argument, as_tensor(op, argument, value, is_written=False))
+        for argument, value in (("grad_output", grad_output), ("input", input))
+    ]
+    with given.naming_errors():
+        result = _ops.sampled_weight_grad(*matrices, *given.tensors)
+    return result.numpy() if isinstance(grad_output, np.ndarray) else result
+
+
+def _as_matrix(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """View [..., features] as [tokens, features]."""
+    if tensor.dim() == 2:
+        return tensor
+    if tensor.dim() == 0:
+        raise ValueError(f"piece_ops.{op}: {argument} must have features in rows, got a scalar")
+    try:
+        return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"piece_ops.{op}: {argument} must be a view of [tokens, features], got shape "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}; call .contiguous() first if "
+            "a copy is meant"
+        ) from None

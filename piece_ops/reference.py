@@ -365,3 +365,10 @@ def total(tensors: Any) -> float:
     return math.fsum(
         x for t in _flat(tensors) for x in t.detach().flatten().to(torch.float64).tolist()
     )
+
+
+def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    """The entries of ``grad_output.T @ input`` at flat positions, in float64."""
+    g = grad_output.detach().flatten(0, -2).double()
+    x = input.detach().flatten(0, -2).double()
+    return (g.T @ x).flatten()[indices]

@@ -23,6 +23,7 @@ MUTATED = {
     "gather": (),
     "scatter_": ("targets",),
     "total": (),
+    "sampled_weight_grad": (),
 }
 
 
@@ -48,6 +49,8 @@ def arguments(op: str) -> tuple[Any, ...]:
         return [a, b], indices, None
     if op == "scatter_":
         return [a, b.to(BF16)], indices, values
+    if op == "sampled_weight_grad":
+        return a, torch.randn(4, 6, generator=g).to(BF16), torch.tensor([0, 3, 29])
     return ([a, b],)
 
 

@@ -14,6 +14,7 @@
 #include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
 #include "piece_ops/ops/select_topk.h"
 #include "piece_ops/ops/sparse_adamw.h"
@@ -198,6 +199,16 @@ double total(const Ints& tensors, const Ints& sizes, const Ints& dtypes, int thr
   return cpu::total(cpu_context(threads), args);
 }
 
+void sampled_weight_grad(const Matrix& grad_output, const Matrix& input, int64_t tokens,
+                         int64_t indices, int64_t count, int64_t values, int threads) {
+  SampledWeightGradArgs args{make_matrix(grad_output, tokens),
+                             make_matrix(input, tokens),
+                             {reinterpret_cast<const int64_t*>(indices), count},
+                             reinterpret_cast<float*>(values)};
+  const py::gil_scoped_release unlocked;
+  cpu::sampled_weight_grad(cpu_context(threads), args);
+}
+
 // Reads the bytes once with the live instruction set: the floor of the benchmarks.
 uint64_t read_bandwidth_probe(int64_t address, int64_t n_bytes, int threads) {
   const py::gil_scoped_release unlocked;
@@ -237,5 +248,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", &gather);
   m.def("scatter", &scatter);
   m.def("total", &total);
+  m.def("sampled_weight_grad", &sampled_weight_grad);
   m.def("read_bandwidth_probe", &read_bandwidth_probe);
 }

@@ -16,6 +16,7 @@
 #include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
 #include "piece_ops/ops/select_topk.h"
 #include "piece_ops/ops/sparse_adamw.h"
@@ -253,6 +254,57 @@ void test_per_sample_squares() {
   }
 }
 
+// One entry in the order that the op's header fixes.
+float sampled_entry(const ConstMatrix& g, int64_t i, const std::vector<float>& x, int64_t j,
+                    int64_t width) {
+  const uint16_t* grads = static_cast<const uint16_t*>(g.data);
+  float sum = 0.0f;
+  for (int64_t first = 0; first < g.rows; first += kSampledBlock) {
+    float lanes[kSampledLanes] = {};
+    for (int64_t t = first; t < std::min(first + kSampledBlock, g.rows); ++t) {
+      float& lane = lanes[t % kSampledLanes];
+      lane = lane + bf16_to_float(grads[t * g.row_stride + i]) * x[t * width + j];
+    }
+    for (int64_t half = kSampledLanes / 2; half > 0; half /= 2) {
+      for (int64_t l = 0; l < half; ++l) lanes[l] = lanes[l] + lanes[l + half];
+    }
+    sum = sum + lanes[0];
+  }
+  return sum;
+}
+
+void test_sampled_weight_grad() {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (const int64_t tokens : {0, 1, 31, 256, 300}) {
+    for (const int64_t out : {1, 15, 200}) {
+      for (const int64_t width : {1, 16, 37}) {
+        // The matrices are exactly as large as they must be: a read past an end is an error.
+        std::vector<uint16_t> grads(tokens ? (tokens - 1) * (out + 3) + out : 0);
+        std::vector<float> x(tokens * width);
+        for (uint16_t& g : grads) g = float_to_bf16(normal(random));
+        for (float& v : x) v = normal(random);
+        std::vector<int64_t> index;
+        for (int64_t i = 0; i < out * width; i += 1 + static_cast<int64_t>(random() % 40)) {
+          index.push_back(i);
+        }
+        std::vector<float> values(index.size(), -1.0f);
+        const ConstMatrix g{grads.data(), tokens, out, out + 3, DType::kBFloat16};
+        Context context;
+        context.threads = 1 + static_cast<int>(out % 2);
+        cpu::sampled_weight_grad(context, {g,
+                                           {x.data(), tokens, width, width, DType::kFloat32},
+                                           {index.data(), static_cast<int64_t>(index.size())},
+                                           values.data()});
+        for (size_t s = 0; s < index.size(); ++s) {
+          const float want = sampled_entry(g, index[s] / width, x, index[s] % width, width);
+          expect(values[s] == want, "sampled_weight_grad", tokens, index[s]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -265,6 +317,7 @@ int main() {
   test_select_topk();
   test_narrow_types();
   test_updates();
+  test_sampled_weight_grad();
   test_per_sample_squares();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures ? 1 : 0;

@@ -192,3 +192,26 @@ def total(tensors: list[Tensor]) -> Tensor:
     threads = torch.get_num_threads()
     number = extension().total(addresses(tensors), sizes(tensors), dtypes(tensors), threads)
     return torch.tensor(number, dtype=torch.float64)
+
+
+@register("sampled_weight_grad", "CPU")
+def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    _schema.check_sampled_weight_grad(grad_output, input, indices)
+    count = indices.numel()
+    values = torch.empty(count)
+    extension().sampled_weight_grad(
+        _matrix(grad_output),
+        _matrix(input),
+        grad_output.shape[0],
+        indices.data_ptr(),
+        count,
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, elements from row to row, columns, dtype."""
+    code = _schema.DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], code

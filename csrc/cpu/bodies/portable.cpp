@@ -42,6 +42,24 @@ struct FloatLanes {
   static Vector broadcast(const float* x) { return Vector{*x, *x, *x, *x}; }
   static Vector multiply_add(Vector a, Vector b, Vector sum) { return a * b + sum; }
 };
+// sampled_weight_grad: kWide floats; the compiler finds registers for them.
+constexpr int kWide = 4;
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+
+inline Wide load_wide(const float* x) { return Wide{x[0], x[1], x[2], x[3]}; }
+template <class Half>
+inline Wide load_wide(const Half* x) {
+  return Wide{widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3])};
+}
+inline void store_wide(float* x, Wide v) {
+  for (int i = 0; i < kWide; ++i) x[i] = v[i];
+}
+
+// v[i][j] becomes v[j][i].
+inline void transpose(Wide* v) {
+  const Wide a = v[0], b = v[1], c = v[2], d = v[3];
+  for (int i = 0; i < kWide; ++i) v[i] = Wide{a[i], b[i], c[i], d[i]};
+}
 
 }  // namespace
 }  // namespace piece_ops::cpu::portable
