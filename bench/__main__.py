@@ -21,6 +21,7 @@ OPS = {
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
+    "call_overhead": "bench_call_overhead",
 }
 
 
