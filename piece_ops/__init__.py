@@ -7,9 +7,11 @@ other weight bit for bit as it was. The ops work on plain tensors; `Importance`,
 
 from __future__ import annotations
 
+from piece_ops.delta import Delta, TaskSwitch, diff
 from piece_ops.functional import (
     Score,
     TopK,
+    accumulate_per_sample_squares_,
     accumulate_squares_,
     gather,
     scatter_,
@@ -26,14 +28,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Delta",
     "Importance",
     "PieceModel",
     "Score",
     "Selection",
     "SparseAdamW",
+    "TaskSwitch",
     "TopK",
     "__version__",
+    "accumulate_per_sample_squares_",
     "accumulate_squares_",
+    "diff",
     "estimate",
     "gather",
     "scatter_",

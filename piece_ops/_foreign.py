@@ -79,6 +79,11 @@ def take(
     )
 
 
+def as_tensor(op: str, argument: str, value: Any, *, is_written: bool) -> Tensor:
+    """Only the tensor of `take`."""
+    return take(op, argument, value, is_written=is_written)[0]
+
+
 # ---- NumPy ---------------------------------------------------------------------------------------
 
 
@@ -90,33 +95,36 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def _take_numpy(where: str, value: np.ndarray[Any, Any], is_written: bool) -> Tensor:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{where} must have no mask, got a numpy.ma.MaskedArray; fill it first")
+    if not value.dtype.isnative:
+        raise TypeError(f"{where} must be in this machine's byte order, got dtype {value.dtype!r}")
     is_bfloat16 = _is_bfloat16(value.dtype)
     bits = value.view(np.int16) if is_bfloat16 else value
     if not bits.flags.carray:
-        _check_flags(where, value, is_written)
+        _check_layout(where, value, is_written)
     try:
         # from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes.
         tensor = torch.from_numpy(bits) if bits.flags.writeable else from_dlpack(bits)
     except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(
-            f"{where} must be an array that PyTorch can take over, got dtype {value.dtype}: {error}"
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(
+            f"{where} must be an array that PyTorch can take over, got dtype {value.dtype} with "
+            f"strides of {value.strides} bytes: {error}"
         ) from error
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
-def _check_flags(where: str, value: np.ndarray[Any, Any], is_written: bool) -> None:
-    flags = value.flags
-    if not flags.c_contiguous:
+def _check_layout(where: str, value: np.ndarray[Any, Any], is_written: bool) -> None:
+    if is_written and not value.flags.writeable:
+        raise ValueError(f"{where} is written and must be writeable, got a read-only array")
+    # Negative strides must not reach torch's readers: some of them end the process.
+    if any(stride < 0 for stride in value.strides):
         raise ValueError(
             f"{where} must be contiguous, got shape {value.shape} with strides of "
             f"{value.strides} bytes; call numpy.ascontiguousarray first if a copy is meant"
         )
-    if not flags.aligned:
+    if not value.flags.aligned:
         raise ValueError(
             f"{where} must be aligned to {value.dtype.alignment} bytes, got an array that is not"
         )
-    if is_written and not flags.writeable:
-        raise ValueError(f"{where} is written and must be writeable, got a read-only array")
 
 
 def _giver_of_numpy(value: np.ndarray[Any, Any]) -> GiveBack:

@@ -30,6 +30,7 @@ class Target:
     indices: Tensor
     values: nn.Parameter
     owners: list[tuple[nn.Module, str]]
+    base_values: Tensor  # of the weight at the indices when it was wrapped, on the CPU
     synced_version: int = -1  # of values, when the weight last held them
     touched: bool = False  # a gradient has come since, so an optimizer may have stepped
     active: bool = True

@@ -11,6 +11,7 @@ state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from piece_ops import backends as backends  # registers the implementations
 from piece_ops._arrays import Arrangement
-from piece_ops._foreign import torch_dtype
+from piece_ops._foreign import as_tensor, torch_dtype
 from piece_ops._topk import Score, TopK
 
+Array = Any  # of any library
 Tensors = Any  # an array, or a list, tuple or dict of them; mirrored in the result
 _ops = torch.ops.piece_ops
 
 __all__ = [
     "Score",
     "TopK",
+    "accumulate_per_sample_squares_",
     "accumulate_squares_",
     "gather",
     "scatter_",
@@ -218,6 +221,105 @@ def accumulate_squares_(
         return
     with given.naming_errors():
         _ops.accumulate_squares_(squares, given.tensors, totals, _number(op, "weight", weight))
+
+
+def accumulate_per_sample_squares_(
+    square_sums: Array | None,
+    grad_output: Array,
+    input: Array,
+    offsets: Array | None = None,
+    sums: Array | None = None,
+    scales: Array | None = None,
+) -> None:
+    """Add every sample's squared weight gradient of a Linear, none of which is ever formed.
+
+    With G_n and X_n the tokens of sample n in ``grad_output`` and ``input``:
+    ``square_sums += sum_n (scales[n] G_n^T X_n)^2`` and ``sums += sum_n scales[n] G_n^T X_n``, in
+    float32, tile by tile. One batched backward so gives the exact squared gradient of each of its
+    samples.
+
+    Parameters
+    ----------
+    square_sums : array [out, in], or None
+        float32 accumulator of a weight [out, in], contiguous. Changed in place. None leaves it
+        out (then sums must be given). For a weight stored as [in, out], swap the two matrices.
+    grad_output : array [..., out]
+        The gradient of the layer's outputs, float32, bfloat16 or float16, features contiguous,
+        tokens at any one distance from each other. Not changed.
+    input : array [..., in]
+        What the layer computed from, likewise (the dtypes may differ), with the same leading
+        dimensions.
+    offsets : int64 array [n + 1] on the CPU, optional
+        Sample n is the tokens ``offsets[n]`` to ``offsets[n + 1] - 1`` of all, counted over the
+        leading dimensions; it may be empty. From 0 to the number of tokens, never decreasing.
+        None: each row of the first dimension is one sample, as in an ordinary [n, L, out] batch,
+        whose padded tokens have gradient 0.
+    sums : array [out, in], optional
+        float32 accumulator likewise.
+    scales : float32 array [n] on the CPU, optional
+        A factor for each sample's gradient, finite; None: 1. With the mean over a batch's tokens
+        as the loss, (tokens of the batch) / (tokens of sample n) gives sample n's own mean.
+
+    Raises
+    ------
+    ValueError
+        NaN or infinity in grad_output or input (names it and their count), offsets that do not
+        cover the tokens or decrease, arguments that do not fit. Nothing of the call is added.
+    TypeError
+        A dtype that is not listed.
+
+    Notes
+    -----
+    Cost: the multiplications of the batch's ordinary weight gradient, whatever the number of
+    samples, and one read and write of each accumulator; scratch: the size of input in float32, at
+    most some 64 MiB. The same bits for any thread count; between instruction sets and devices the
+    last places differ. Algorithm: ``csrc/cpu/accumulate_per_sample_squares.cpp``.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> grad_output = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]])  # two samples of two tokens
+    >>> input = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [5.0, 5.0]]])
+    >>> square_sums = torch.zeros(1, 2)
+    >>> piece_ops.accumulate_per_sample_squares_(square_sums, grad_output, input)
+    >>> square_sums  # of the gradients [3, 2] and [0, 3]
+    tensor([[ 9., 13.]])
+    """
+    op = "accumulate_per_sample_squares_"
+    squares, totals = (
+        None if value is None else as_tensor(op, name, value, is_written=True)
+        for name, value in (("square_sums", square_sums), ("sums", sums))
+    )
+    gradient, inputs = (
+        as_tensor(op, name, value, is_written=False)
+        for name, value in (("grad_output", grad_output), ("input", input))
+    )
+    if gradient.dim() < 2 or gradient.shape[:-1] != inputs.shape[:-1]:
+        raise ValueError(
+            f"piece_ops.{op}: grad_output and input must be [..., features] with the same leading "
+            f"dimensions, at least one, got shapes {tuple(gradient.shape)} and "
+            f"{tuple(inputs.shape)}"
+        )
+    if offsets is None:
+        samples, *tokens = gradient.shape[:-1]
+        bounds = torch.arange(samples + 1) * math.prod(tokens)
+    else:
+        bounds = as_tensor(op, "offsets", offsets, is_written=False)
+    factors = None if scales is None else as_tensor(op, "scales", scales, is_written=False)
+    rows, columns = _tokens(op, "grad_output", gradient), _tokens(op, "input", inputs)
+    _ops.accumulate_per_sample_squares_(squares, rows, columns, bounds, totals, factors)
+
+
+def _tokens(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """[..., features] as [tokens, features], never by a copy."""
+    try:
+        return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(0, -2)
+    except RuntimeError:
+        raise ValueError(
+            f"piece_ops.{op}: {argument} must have leading dimensions that merge into one, got "
+            f"shape {tuple(tensor.shape)} with strides {tensor.stride()}; call .contiguous() "
+            "first if a copy is meant"
+        ) from None
 
 
 def sparse_adamw_(

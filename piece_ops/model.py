@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from piece_ops._inject import Target, inject, is_injected, owners_of, restore
+from piece_ops.delta.record import Delta
+from piece_ops.delta.trained import delta_of
 from piece_ops.functional import gather, scatter_
 from piece_ops.importance.candidates import DTYPES
 from piece_ops.selection import Selection
@@ -52,7 +54,8 @@ class PieceModel(nn.Module):
 
     Notes
     -----
-    Memory: 4 bytes of master value, 8 of position and 4 of gradient per selected coordinate. The
+    Memory: 4 bytes of master value, 8 of position and 4 of gradient per selected coordinate, and
+    the weight's own 2 or 4 of base value, for `delta`, on the CPU. The
     backward pass still computes dense gradients of the weights that have selected coordinates, one
     at a time; each is read at the positions and freed.
 
@@ -192,6 +195,46 @@ class PieceModel(nn.Module):
                         f"parameters, but {target.name!r} has been replaced; call unload() before "
                         "changing the model"
                     )
+
+    def delta(
+        self,
+        *,
+        task: str = "",
+        base: str | None = None,
+        parent: str | Delta = "",
+        changed_only: bool = True,
+    ) -> Delta:
+        """What training has changed since the model was wrapped; the model goes on as it is.
+
+        Parameters
+        ----------
+        task : str
+            What was learned; kept in the delta for information.
+        base : str, optional
+            The base model's id; by default the name that transformers loaded it by.
+        parent : str or Delta
+            The delta (or its digest) that the model held when it was wrapped, in a task stream.
+        changed_only : bool
+            Leave out selected coordinates whose bits are what they were (in bfloat16 many, when
+            the learning rate is small). Applying and reverting is the same either way.
+
+        Raises
+        ------
+        ValueError
+            When the model has been cast to another dtype since it was wrapped.
+        RuntimeError
+            After `unload`.
+        """
+        self.sync_()
+        return delta_of(
+            self.model,
+            self._targets,
+            changed_only=changed_only,
+            base=base,
+            method=self.selection.method,
+            task=task,
+            parent=parent,
+        )
 
     def unload(self) -> nn.Module:
         """Write the values, give the model its classes and ``requires_grad`` flags back, return it.
@@ -340,10 +383,10 @@ def _make_targets(model: nn.Module, selection: Selection, where: str) -> list[Ta
                 )
     indices = [selection.indices[name].to(parameters[name].device) for name in names]
     weights = [parameters[name].detach() for name in names]
-    masters = gather(weights, indices, dtype=torch.float32)
     targets = []
-    for name, positions, master in zip(names, indices, masters, strict=True):
-        target = Target(name, parameters[name], positions, nn.Parameter(master), owners[name])
+    for name, positions, held in zip(names, indices, gather(weights, indices), strict=True):
+        master = nn.Parameter(held.to(torch.float32, copy=True))
+        target = Target(name, parameters[name], positions, master, owners[name], held.cpu())
         target.mark_synced()
         targets.append(target)
     return targets

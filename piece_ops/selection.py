@@ -201,12 +201,19 @@ def check_positions(positions: Any, numel: int, name: str, where: str) -> None:
         )
     if positions.numel() == 0:
         return
-    if not bool((positions[1:] > positions[:-1]).all()):
-        raise ValueError(f"{where}: positions of {name!r} must be strictly increasing")
+    count = positions.numel()
+    falls = int((positions[1:] <= positions[:-1]).sum())
+    if falls:
+        raise ValueError(
+            f"{where}: positions of {name!r} must be strictly increasing, got {falls} of {count} "
+            "that are not above the one before"
+        )
     low, high = int(positions[0]), int(positions[-1])
     if low < 0 or high >= numel:
+        outside = int(((positions < 0) | (positions >= numel)).sum())
         raise ValueError(
-            f"{where}: positions of {name!r} must be in 0..{numel - 1}, got {low}..{high}"
+            f"{where}: positions of {name!r} must be in 0..{numel - 1}, got {low}..{high} "
+            f"({outside} of {count} outside)"
         )
 
 

@@ -96,6 +96,18 @@ def test_gradients_of_jax_are_accumulated_into_numpy() -> None:
     assert np.array_equal(squares, np.asarray(grads) * np.asarray(grads))
 
 
+def test_an_op_of_single_arrays() -> None:
+    """accumulate_per_sample_squares_, with strided NumPy tokens beside JAX's."""
+    tokens, strided = draw(24).reshape(2, 3, 4), np.array(draw(60)).reshape(2, 3, 10)[:, :, :5]
+    squares = np.zeros((4, 5), np.float32)
+    piece_ops.accumulate_per_sample_squares_(squares, tokens, strided)
+    want = np.zeros_like(squares)
+    piece_ops.accumulate_per_sample_squares_(want, np.array(tokens), strided.copy())
+    assert squares.any() and np.array_equal(squares, want)
+    with pytest.raises(TypeError, match=r"square_sums is written .* jax\.Array"):
+        piece_ops.accumulate_per_sample_squares_(jnp.zeros((4, 5)), tokens, strided)
+
+
 def test_results_stay_on_the_device() -> None:
     """The second virtual CPU; DLPack knows only one."""
     x = jax.device_put(draw(9), jax.devices()[1])

@@ -11,6 +11,7 @@
 #include "../cpu/isa.h"
 #include "bind.h"
 #include "piece_ops/core/check.h"
+#include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
 #include "piece_ops/ops/scatter.h"
@@ -46,6 +47,31 @@ py::tuple accumulate_squares(const Ints& square_sums, const Ints& sums, const In
   {
     const py::gil_scoped_release unlocked;
     bad = cpu::accumulate_squares(cpu_context(threads), args);
+  }
+  return py::make_tuple(bad.tensor, bad.count);
+}
+
+// A matrix is address, features, stride and dtype; scales and accumulators may be 0.
+py::tuple accumulate_per_sample_squares(int64_t square_sums, const Ints& grad_output,
+                                        const Ints& input, int64_t offsets, int64_t samples,
+                                        int64_t sums, int64_t scales, int threads) {
+  const auto matrix = [](const Ints& x) {
+    PIECE_OPS_CHECK(x.size() == 4 && x[3] >= 0 && x[3] < kDTypeCount,
+                    "piece_ops._C: a matrix is address, features, stride and dtype");
+    return TokenMatrix{reinterpret_cast<const void*>(x[0]), x[1], x[2], static_cast<DType>(x[3])};
+  };
+  AccumulatePerSampleSquaresArgs args{};
+  args.grad_output = matrix(grad_output);
+  args.input = matrix(input);
+  args.samples = samples;
+  args.offsets = reinterpret_cast<const int64_t*>(offsets);
+  args.scales = reinterpret_cast<const float*>(scales);
+  args.square_sums = reinterpret_cast<float*>(square_sums);
+  args.sums = reinterpret_cast<float*>(sums);
+  NonFinite bad;
+  {
+    const py::gil_scoped_release unlocked;
+    bad = cpu::accumulate_per_sample_squares(cpu_context(threads), args);
   }
   return py::make_tuple(bad.tensor, bad.count);
 }
@@ -201,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("accumulate_squares", &accumulate_squares);
+  m.def("accumulate_per_sample_squares", &accumulate_per_sample_squares);
   m.def("select_topk", &select_topk);
   m.def("sparse_adamw", &sparse_adamw);
   m.def("gather", &gather);

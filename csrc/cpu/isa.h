@@ -17,6 +17,8 @@ namespace piece_ops::cpu {
 // Elements that scan() may be given at once: its output of 4-byte positions stays in L1.
 constexpr int64_t kBlock = 1024;
 
+struct Products;  // products.h
+
 struct Bodies {
   // NaN and infinities among n numbers.
   int64_t (*count_nonfinite)(DType dtype, const void* x, int64_t n);
@@ -43,6 +45,8 @@ struct Bodies {
   // Reads n_bytes and returns their xor in 8-byte words: the fastest plain read loop there is,
   // the denominator of the benchmarks.
   uint64_t (*read)(const void* data, int64_t n_bytes);
+  // Sums of outer products of rows, in float32.
+  const Products* products;
 };
 
 struct Isa {

@@ -13,6 +13,7 @@
 #include "../cpu/isa.h"
 #include "piece_ops/core/check.h"
 #include "piece_ops/math/rounding.h"
+#include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
 #include "piece_ops/ops/scatter.h"
@@ -199,6 +200,59 @@ void test_updates() {
   expect(thrown, "a position out of range is refused");
 }
 
+// Whole numbers, so that every order of additions gives the same sums.
+void test_per_sample_squares() {
+  std::mt19937 random(3);
+  std::uniform_int_distribution<int> digit(-3, 3);
+  const int64_t out = 109, in = 131, tokens = 700, stride = 140;
+  const int64_t offsets[] = {0, 5, 5, 610, 611, tokens};
+  const float scales[] = {1.0f, 3.0f, -2.0f, 0.5f, 1.0f};
+  std::vector<float> grad(tokens * stride), input(tokens * stride);
+  for (float& x : grad) x = static_cast<float>(digit(random));
+  for (float& x : input) x = static_cast<float>(digit(random));
+  std::vector<double> want_squares(out * in), want_sums(out * in);
+  for (int n = 0; n < 5; ++n) {
+    for (int64_t i = 0; i < out * in; ++i) {
+      double g = 0;
+      for (int64_t t = offsets[n]; t < offsets[n + 1]; ++t) {
+        g += grad[t * stride + i / in] * input[t * stride + i % in];
+      }
+      want_squares[i] += scales[n] * g * scales[n] * g;
+      want_sums[i] += scales[n] * g;
+    }
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const auto narrow = [&](const std::vector<float>& x) {
+      std::vector<uint16_t> half(x.size());
+      for (size_t i = 0; i < x.size(); ++i) {
+        half[i] = dtype == DType::kBFloat16 ? float_to_bf16(x[i]) : float_to_fp16(x[i]);
+      }
+      return half;
+    };
+    const std::vector<uint16_t> half_grad = narrow(grad), half_input = narrow(input);
+    const bool is_float = dtype == DType::kFloat32;
+    std::vector<float> squares(out * in), sums(out * in);
+    AccumulatePerSampleSquaresArgs args{};
+    args.grad_output = {is_float ? static_cast<const void*>(grad.data()) : half_grad.data(), out,
+                        stride, dtype};
+    args.input = {is_float ? static_cast<const void*>(input.data()) : half_input.data(), in, stride,
+                  dtype};
+    args.samples = 5;
+    args.offsets = offsets;
+    args.scales = scales;
+    args.square_sums = squares.data();
+    args.sums = sums.data();
+    Context context;
+    context.threads = 2;
+    const NonFinite bad = cpu::accumulate_per_sample_squares(context, args);
+    expect(bad.tensor == -1, "accumulate_per_sample_squares: all is finite");
+    for (int64_t i = 0; i < out * in; ++i) {
+      expect(squares[i] == want_squares[i] && sums[i] == want_sums[i],
+             "accumulate_per_sample_squares", i);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -211,6 +265,7 @@ int main() {
   test_select_topk();
   test_narrow_types();
   test_updates();
+  test_per_sample_squares();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures ? 1 : 0;
 }

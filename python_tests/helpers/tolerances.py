@@ -28,3 +28,21 @@ ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
 # total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
 # additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
 TOTAL = 2**12 * EPS64
+
+
+def per_sample_sums(tokens: int, samples: int) -> float:
+    """accumulate_per_sample_squares_, relative to |start| + sum_n |scale_n| |G_n|^T |X_n|.
+
+    A sample's gradient is a sum of at most `tokens` float32 products in any order (tokens
+    roundings), times the scale (1); then one addition a sample, one into the accumulator, and 1
+    for what those errors add to each other.
+    """
+    return (tokens + samples + 3) * EPS32
+
+
+def per_sample_squares(tokens: int, samples: int) -> float:
+    """The square sums, relative to |start| + sum_n (|scale_n| |G_n|^T |X_n|)^2.
+
+    Squaring doubles the gradient's relative error and rounds once.
+    """
+    return (2 * (tokens + 1) + samples + 4) * EPS32

@@ -49,6 +49,18 @@ inline void widen_fp16(const uint16_t* x, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = fp16_to_float(x[i]);
 }
 
+// 12 sums of 16 registers; 8 loads for 12 multiply-adds.
+constexpr int kProductRows = 6, kProductVectors = 2;
+
+struct FloatLanes {
+  using Vector = __m256;
+  static constexpr int kLanes = 8;
+  static Vector load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
+  static Vector broadcast(const float* x) { return _mm256_set1_ps(*x); }
+  static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+};
+
 }  // namespace
 }  // namespace piece_ops::cpu::avx2
 

@@ -49,6 +49,18 @@ inline void widen_fp16(const uint16_t* x, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = fp16_to_float(x[i]);
 }
 
+// 24 sums of 32 registers; 11 loads for 24 multiply-adds.
+constexpr int kProductRows = 8, kProductVectors = 3;
+
+struct FloatLanes {
+  using Vector = __m512;
+  static constexpr int kLanes = 16;
+  static Vector load(const float* x) { return _mm512_loadu_ps(x); }
+  static void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
+  static Vector broadcast(const float* x) { return _mm512_set1_ps(*x); }
+  static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+};
+
 }  // namespace
 }  // namespace piece_ops::cpu::avx512
 

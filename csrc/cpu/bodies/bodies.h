@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "../products.h"
 #include "piece_ops/math/ordered_bits.h"
 #include "piece_ops/math/rounding.h"
 
@@ -14,5 +15,8 @@ extern const Bodies kBodies;
 }
 namespace avx512 {
 extern const Bodies kBodies;
+}
+namespace avx512bf16 {
+extern const Products kProducts;
 }
 }  // namespace piece_ops::cpu

@@ -1,10 +1,12 @@
-// bodies.inl - the inner loops, once; <isa>.cpp includes it after its three primitives
-// (not_less_mask, equal_mask, widen_fp16), with PIECE_OPS_ISA_NAMESPACE set.
+// bodies.inl - the inner loops, once; <isa>.cpp includes it after its primitives (not_less_mask,
+// equal_mask, widen_fp16, FloatLanes with the tile of products), with PIECE_OPS_ISA_NAMESPACE set.
 //
 // Everything lives in the namespace of the instruction set or is always inlined, and no std
 // template is used: nothing here may be merged by the linker with a copy built for another one.
 // The loops are plain; with -O3 and the file's flags the compiler vectorises them, and with
 // -ffp-contract=off every instruction set gives the same bits.
+
+#include "product_tile.inl"
 
 namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE {
 namespace {
@@ -189,6 +191,44 @@ void adamw(float* __restrict values, float* __restrict exp_avgs, float* __restri
   }
 }
 
+// ---- accumulate_per_sample_squares -------------------------------------------------------------
+
+// One word a token: float32, to which 16-bit types are widened.
+template <int kPanel>
+void pack_float(DType dtype, const void* x, int64_t stride, int64_t tokens, int64_t width,
+                uint32_t* out, int64_t panel_words) {
+  constexpr int64_t kChunk = kBlock / kPanel * kPanel;
+  float wide[kChunk];
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  const char* bytes = static_cast<const char*>(x);
+  for (int64_t t = 0; t < tokens; ++t, bytes += stride * size) {
+    for (int64_t begin = 0; begin < width; begin += kChunk) {
+      const int64_t n = width - begin < kChunk ? width - begin : kChunk;
+      const void* source = bytes + begin * size;
+      if (dtype != DType::kFloat32) to_float(dtype, source, wide, n);
+      const float* from = dtype == DType::kFloat32 ? static_cast<const float*>(source) : wide;
+      uint32_t* to = out + begin / kPanel * panel_words + t * kPanel;
+      int64_t i = 0;
+      for (; i + kPanel <= n; i += kPanel, to += panel_words) {
+        __builtin_memcpy(to, from + i, kPanel * sizeof(float));
+      }
+      if (i < n) {
+        __builtin_memset(to, 0, kPanel * sizeof(float));
+        __builtin_memcpy(to, from + i, static_cast<size_t>(n - i) * sizeof(float));
+      }
+    }
+  }
+}
+
+const Products kProducts = {
+    kProductRows,
+    kProductVectors * FloatLanes::kLanes,
+    1,
+    pack_float<kProductRows>,
+    pack_float<kProductVectors * FloatLanes::kLanes>,
+    product_tile<FloatLanes, kProductRows, kProductVectors>,
+};
+
 // ---- the read floor ----------------------------------------------------------------------------
 
 uint64_t read(const void* data, int64_t n_bytes) {
@@ -207,8 +247,8 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite, accumulate_squares, to_float,    evaluate, scan_float,
-    scan_double,     keys_float,         keys_double, adamw,    read,
+    count_nonfinite, accumulate_squares, to_float, evaluate, scan_float, scan_double,
+    keys_float,      keys_double,        adamw,    read,     &kProducts,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE

@@ -27,6 +27,22 @@ inline void widen_fp16(const uint16_t* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = fp16_to_float(x[i]);
 }
 
+// 8 sums of SSE2's 16 registers. Product and sum are rounded each: no fused operation everywhere.
+constexpr int kProductRows = 4, kProductVectors = 2;
+
+struct FloatLanes {
+  typedef float Vector __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static Vector load(const float* x) {
+    Vector v;
+    __builtin_memcpy(&v, x, sizeof v);
+    return v;
+  }
+  static void store(float* x, Vector v) { __builtin_memcpy(x, &v, sizeof v); }
+  static Vector broadcast(const float* x) { return Vector{*x, *x, *x, *x}; }
+  static Vector multiply_add(Vector a, Vector b, Vector sum) { return a * b + sum; }
+};
+
 }  // namespace
 }  // namespace piece_ops::cpu::portable
 
