@@ -24,6 +24,7 @@ OPS = {
     "total": "bench_total",
     "training_step": "bench_training_step",
     "call_overhead": "bench_call_overhead",
+    "sampled_weight_grad": "bench_sampled_weight_grad",
 }
 
 
