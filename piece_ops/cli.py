@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from piece_ops import __version__, _native
+from piece_ops import METHODS, __version__, _native
+from piece_ops.training.checkpoint import CHECKPOINT_SECONDS
 from piece_ops.training.settings import TRAIN_METHODS, Settings
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -107,6 +108,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     _add(group, "--warmup", type=float, help="share of the steps with a rising rate")
     _add(group, "--clip", type=float, help="largest norm of the gradient; 0: no clipping")
     _add(group, "--weight-decay", type=float, help="decay of the trained values")
+    _add(group, "--lora-rank", type=int, help="lora: its rank; alpha is twice the rank")
+    _add(group, "--refresh", type=int, metavar="STEPS", help="select again after so many steps")
+    group.add_argument(
+        "--protect", action="store_true", help="keep coordinates of earlier tasks out of selections"
+    )
     group.add_argument(
         "--keep-statistics",
         action="store_true",
@@ -132,6 +138,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluation(train)
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is in DIR")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run; give the same options as when it was started",
+    )
+    train.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="keep the training on disk after every so many steps",
+    )
+    train.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=CHECKPOINT_SECONDS,
+        metavar="SECONDS",
+        help="and after so much time (default: %(default)g)",
+    )
     train.add_argument("--no-save-model", action="store_true", help="keep the results only")
     train.set_defaults(function=_train)
 
@@ -145,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         "select", help="choose coordinates for a task and show where they lie"
     )
     _add_model(select)
-    _add_selection(select, tuple(m for m in TRAIN_METHODS if m != "full"))
+    _add_selection(select, METHODS)
     select.add_argument(
         "--out", type=Path, metavar="FILE.safetensors", help="also save the selection"
     )
@@ -195,6 +219,9 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.out,
         texts=_texts(arguments),
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        checkpoint_steps=arguments.checkpoint_every,
+        checkpoint_seconds=arguments.checkpoint_seconds,
         save=not arguments.no_save_model,
         show=sys.stderr.isatty(),
     )
@@ -207,11 +234,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops eval``."""
     from piece_ops._files import write_json
-    from piece_ops.training.continual import check_names, load_texts
     from piece_ops.training.encoding import Encoder
     from piece_ops.training.measure import evaluate, text_loss
     from piece_ops.training.models import load_model, load_tokenizer
     from piece_ops.training.report import format_table, nats, percent, perplexity_text
+    from piece_ops.training.work import check_names, load_texts
 
     settings = _settings(arguments)
     tasks = [task for task, _ in _tasks(arguments)]

@@ -65,10 +65,14 @@ def describe_run(results: Results) -> str:
     """Say in one line what was trained how."""
     settings = results.settings
     trained = next((task.trained for task in results.tasks if task.trained is not None), None)
-    if settings.is_sparse and trained is not None:
-        what = f"{trained:,} of {results.parameters:,} parameters a task"
+    if settings.method == "full":
+        what = f"all {results.parameters:,} parameters"
+    elif trained is None:
+        what = "no task yet"
+    elif settings.method == "lora":
+        what = f"{trained:,} parameters of an adapter a task, beside {results.parameters:,}"
     else:
-        what = f"all {results.parameters:,} parameters" if not settings.is_sparse else "no task yet"
+        what = f"{trained:,} of {results.parameters:,} parameters a task"
     return f"{settings.method}, {what}, learning rate {settings.lr:g}, seed {settings.seed}"
 
 

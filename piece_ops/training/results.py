@@ -27,6 +27,9 @@ from piece_ops.training.settings import Settings
 VERSION = 1
 Matrix = list[list[float | None]]
 
+ROWS = ("accuracy", "loss", "general")
+"""The matrices of `Results`; each gets one row for the base model and one after every task."""
+
 
 @dataclass
 class TaskRecord:
@@ -155,17 +158,34 @@ class Results:
             "model": self.model,
             "parameters": self.parameters,
             "settings": self.settings.as_dict(),
-            "tasks": [_finite(asdict(task)) for task in self.tasks],
+            "tasks": [finite(asdict(task)) for task in self.tasks],
             "texts": [asdict(text) for text in self.texts],
-            "accuracy": _finite(self.accuracy),
-            "loss": _finite(self.loss),
-            "general_loss": _finite(self.general),
-            "summary": _finite(self.summary()),
+            "accuracy": finite(self.accuracy),
+            "loss": finite(self.loss),
+            "general_loss": finite(self.general),
+            "summary": finite(self.summary()),
             "base_seconds": self.base_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "versions": versions(),
             "machine": machine(),
         }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Results:
+        """Make results of what `as_dict` returned, or a results file holds."""
+        return cls(
+            model=value["model"],
+            settings=Settings(**value["settings"]),
+            parameters=value["parameters"],
+            tasks=[TaskRecord(**task) for task in value["tasks"]],
+            texts=[TextRecord(**text) for text in value["texts"]],
+            accuracy=value["accuracy"],
+            loss=value["loss"],
+            general=value["general_loss"],
+            base_seconds=value["base_seconds"],
+            complete=value["complete"],
+            started=value["started"],
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``results.json`` into `folder`, atomically."""
@@ -189,14 +209,14 @@ def mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replace floats that JSON cannot hold by None, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return value
 
 

@@ -52,12 +52,15 @@ class Task:
         What it is measured on; never trained on, never empty.
     held_out_split : str
         Which rows these are: ``"test"`` or ``"eval"``.
+    metric : str
+        How answers are scored, one of `METRICS`.
     """
 
     name: str
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
     held_out_split: str
+    metric: str = "exact"
 
 
 def split_argument(argument: str, option: str) -> tuple[str, Path]:
