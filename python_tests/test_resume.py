@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, out: Path, kind: str) -> list[str]:
     options = ["train", "--model", str(data / "model"), "--out", str(out), *KINDS[kind]]
     one, two, words = (f"{name}={data / file}" for name, file in FILES)
-    options += ["--task", one, "--task", two, "--general", words]
+    options += ["--task", one, "--task", two, "--metric", "two=letter", "--general", words]
     options += ["--window", "16", "--density", "0.02"]
     options += ["--steps", "8", "--batch-size", "4", "--importance-rows", "6", "--lr", "0.01"]
     options += ["--reference-rows", "2", "--reference-tokens", "6", "--checkpoint-every", "2"]

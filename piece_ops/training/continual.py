@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from piece_ops.training.checkpoint import CHECKPOINT_SECONDS
+from piece_ops.training.data import check_names
 from piece_ops.training.output import STATE, RunFolder
 from piece_ops.training.results import Results
 from piece_ops.training.settings import Settings
 from piece_ops.training.state import RunState
 from piece_ops.training.tasks import Task, TaskError
-from piece_ops.training.work import Work, check_names
+from piece_ops.training.work import Work
 
 
 def run(

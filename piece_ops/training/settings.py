@@ -70,6 +70,12 @@ class Settings:
         Tokens of one window of general text.
     general_tokens : int
         Tokens of each general text that are used, from its start.
+    max_new_tokens : int, optional
+        Longest answer in an evaluation; None: what the task's metric needs.
+    lm_eval : tuple of str
+        Tasks of lm_eval that stand for general ability, too.
+    lm_eval_limit : int, optional
+        Rows of each of them.
     dtype : {"float32", "bfloat16"}
         Data type of the weights.
     gradient_checkpointing : bool
@@ -114,6 +120,9 @@ class Settings:
     eval_batch_size: int = 16
     window: int = 256
     general_tokens: int = 8192
+    max_new_tokens: int | None = None
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int | None = None
     dtype: str = "float32"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -147,8 +156,11 @@ class Settings:
             ("general_tokens", 2),
         ):
             self._check(name, getattr(self, name) >= least, f"at least {least}")
-        if self.refresh is not None:
-            self._check("refresh", self.refresh >= 1, "at least 1")
+        for name in ("refresh", "max_new_tokens", "lm_eval_limit"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
+        if self.lm_eval_limit is not None and not self.lm_eval:
+            raise ValueError("piece_ops.Settings: lm_eval_limit belongs to lm_eval, got no tasks")
         if not self.is_sparse and (self.protect or self.refresh):
             raise ValueError(
                 "piece_ops.Settings: protect and refresh belong to methods that select, got method "
@@ -205,6 +217,11 @@ class Settings:
             return self.steps
         return max(1, math.ceil((self.epochs or 3) * rows / (self.batch_size * self.accumulation)))
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Settings:
+        """Make settings of what `as_dict` returned, or a results file holds."""
+        return cls(**{**value, "lm_eval": tuple(value["lm_eval"])})
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for the results file."""
-        return asdict(self)
+        return {**asdict(self), "lm_eval": list(self.lm_eval)}

@@ -6,18 +6,14 @@ disk; files of phases that it does not know are made again, with the same conten
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from piece_ops._files import write_json
-from piece_ops.training.encoding import EncodedRow
 from piece_ops.training.output import STATE, STATE_FORMAT, OutputError
 from piece_ops.training.results import ROWS, Results, finite, machine, versions
-from piece_ops.training.tasks import Task
 
 VERSION = 1
 
@@ -152,51 +148,3 @@ def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
 
 def _shown(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
-
-
-def identity_of(
-    settings: dict[str, Any],
-    tasks: Sequence[Task],
-    encoded: Iterable[Iterable[EncodedRow]],
-    texts: dict[str, Sequence[Sequence[int]]],
-    reference: Sequence[EncodedRow] | None,
-    model: str,
-) -> dict[str, Any]:
-    """Describe a run by everything that decides its numbers.
-
-    Parameters
-    ----------
-    settings : dict
-    tasks : sequence of Task
-        Their rows, not their files, are compared.
-    encoded : iterable
-        All rows as token ids; they stand for the tokenizer.
-    texts : dict of str to sequence of windows
-    reference : sequence of EncodedRow, optional
-        What piece-g must keep, when it comes from a file.
-    model : str
-        Fingerprint of the base model.
-    """
-    return {
-        "task names": ", ".join(task.name for task in tasks),
-        "task content": {task.name: digest(_rows(task)) for task in tasks},
-        "general text content": {name: digest(windows) for name, windows in texts.items()},
-        "reference content": None if reference is None else digest(_pairs(reference)),
-        "setting": settings,
-        "tokens of all rows": digest([_pairs(rows) for rows in encoded]),
-        "base model": model,
-    }
-
-
-def _rows(task: Task) -> list[Any]:
-    sides = (task.train, task.held_out)
-    return [task.metric, *([[row.prompt, row.answer] for row in side] for side in sides)]
-
-
-def _pairs(rows: Iterable[EncodedRow]) -> list[Any]:
-    return [[row.prompt, row.answer] for row in rows]
-
-
-def digest(value: Any) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

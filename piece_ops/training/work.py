@@ -21,17 +21,18 @@ from piece_ops._files import write_folder
 from piece_ops.delta import Delta
 from piece_ops.delta.fingerprint import fingerprint
 from piece_ops.selection import Selection
+from piece_ops.training.benchmarks import check_lm_eval, lm_eval_scores
 from piece_ops.training.checkpoint import Keeper, read_checkpoint
-from piece_ops.training.choose import Chooser, read_text
-from piece_ops.training.encoding import EncodedRow, Encoder
+from piece_ops.training.choose import Chooser
+from piece_ops.training.data import Data
 from piece_ops.training.learner import make_learner
-from piece_ops.training.measure import Text, evaluate, text_loss
-from piece_ops.training.models import load_model, load_tokenizer, save_model
+from piece_ops.training.measure import evaluate, text_loss
+from piece_ops.training.models import load_model, save_model
 from piece_ops.training.output import TaskFiles
-from piece_ops.training.results import ROWS, Results, TaskRecord, TextRecord
+from piece_ops.training.results import ROWS, Results
 from piece_ops.training.settings import Settings
-from piece_ops.training.state import RunState, differences, identity_of, made_with
-from piece_ops.training.tasks import Task, TaskError
+from piece_ops.training.state import RunState, differences, made_with
+from piece_ops.training.tasks import Task
 from piece_ops.training.train import train_task
 
 
@@ -43,42 +44,6 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
-
-
-def load_texts(
-    encoder: Encoder, files: Sequence[tuple[str, Path]], settings: Settings
-) -> list[Text]:
-    """Read the general texts and cut them into windows.
-
-    Parameters
-    ----------
-    encoder : Encoder
-    files : sequence of (name, path)
-    settings : Settings
-        `window` and `general_tokens` are used.
-
-    Returns
-    -------
-    list of Text
-
-    Raises
-    ------
-    TaskError
-        If a file is missing, empty, not UTF-8, or a name is given twice.
-    """
-    check_names([name for name, _ in files], "general text")
-    texts = []
-    for name, path in files:
-        windows = encoder.text_windows(read_text(path), settings.window, settings.general_tokens)
-        texts.append(Text(name, tuple(tuple(window) for window in windows)))
-    return texts
-
-
-def check_names(names: Sequence[str], what: str) -> None:
-    """Raise TaskError when a name occurs twice."""
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskError(f"every {what} must have a name of its own, got {name!r} twice")
 
 
 class Work:
@@ -107,28 +72,13 @@ class Work:
         say: Callable[[str], None],
     ) -> None:
         self.settings, self.show, self.say = settings, show, say
-        self.tasks = [task for task, _ in tasks]
-        self.tokenizer = load_tokenizer(source)
-        self.encoder = Encoder(self.tokenizer, settings.prompt_format, settings.max_tokens)
         # Everything that can be wrong with the data is found here, before the model is loaded.
-        self.train_rows: list[list[EncodedRow]] = []
-        records, encoded = [], []
-        for task, path in tasks:
-            cut = self.encoder.truncated
-            self.train_rows.append(self.encoder.encode_all(task.train))
-            encoded += [self.train_rows[-1], self.encoder.encode_all(task.held_out)]
-            records.append(
-                TaskRecord(
-                    name=task.name,
-                    path=str(path),
-                    held_out_split=task.held_out_split,
-                    train_rows=len(task.train),
-                    held_out_rows=len(task.held_out),
-                    truncated_rows=self.encoder.truncated - cut,
-                )
-            )
-        self.texts = load_texts(self.encoder, texts, settings)
+        data = Data(source, tasks, settings, texts)
+        self.tasks, self.texts, self.train_rows = data.tasks, data.texts, data.train_rows
+        self.tokenizer, self.encoder = data.tokenizer, data.encoder
         self.chooser = Chooser(self.encoder, settings)
+        if settings.lm_eval:
+            check_lm_eval()
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
             self.model = load_model(source, dtype=settings.dtype)
@@ -136,21 +86,12 @@ class Work:
             model=source,
             settings=settings,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            tasks=records,
-            texts=[
-                TextRecord(text.name, str(path), sum(len(window) for window in text.windows))
-                for text, (_, path) in zip(self.texts, texts, strict=True)
-            ],
+            tasks=data.task_records,
+            texts=data.text_records,
             base_seconds=seconds,
         )
-        identity = identity_of(
-            settings.as_dict(),
-            self.tasks,
-            encoded,
-            {text.name: text.windows for text in self.texts},
-            self.chooser.reference,
-            fingerprint(dict(self.model.named_parameters()), {}, {}),
-        )
+        base = fingerprint(dict(self.model.named_parameters()), {}, {})
+        identity = data.identity(settings, self.chooser.reference, base)
         self.state = RunState(identity, made_with(), results)
         self._parent = ""  # digest of the last delta that the model holds
 
@@ -342,7 +283,15 @@ class Work:
         count = min(place + 1, len(self.tasks)) if place else len(self.tasks)
         for task in self.tasks[len(row["accuracy"]) : count]:
             with timed(seconds, "evaluate"):
-                score = evaluate(self.model, self.encoder, task.held_out, size, self.show)
+                score = evaluate(
+                    self.model,
+                    self.encoder,
+                    task.held_out,
+                    size,
+                    self.show,
+                    metric=task.metric,
+                    most_tokens=self.settings.max_new_tokens,
+                )
             row["accuracy"].append(score.accuracy)
             row["loss"].append(score.loss)
             state.write(folder)
@@ -351,11 +300,27 @@ class Work:
                 loss = text_loss(self.model, self.encoder, text, size, self.show)
             row["general"].append(loss)
             state.write(folder)
+        if not row["benchmarks"]:
+            with timed(seconds, "benchmarks"):
+                row["benchmarks"].append(self._benchmarks())
         unmeasured: list[Any] = [None] * (len(self.tasks) - count)
         results.accuracy.append(row["accuracy"] + unmeasured)
         results.loss.append(row["loss"] + unmeasured)
         results.general.append(row["general"])
+        results.benchmarks += row["benchmarks"]
         state.row = {name: [] for name in ROWS}
+
+    def _benchmarks(self) -> dict[str, float]:
+        settings = self.settings
+        if not settings.lm_eval:
+            return {}
+        return lm_eval_scores(
+            self.model,
+            self.tokenizer,
+            settings.lm_eval,
+            settings.lm_eval_limit,
+            settings.eval_batch_size,
+        )
 
     def _line(self, i: int) -> str:
         """Say in one line what a task brought."""
