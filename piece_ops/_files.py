@@ -106,7 +106,14 @@ def write_tensors(
 ) -> None:
     """Write `tensors` and `info` to `path` atomically; parent directories must exist."""
     header = {"format": file_format, "version": str(version), "info": json.dumps(info)}
-    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(dict(tensors), temporary, metadata=header)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import piece_ops.training.work as work_module
-from piece_ops._files import write_json, write_text
+from piece_ops._files import write_json, write_tensors, write_text
 from piece_ops.delta import Delta
 from piece_ops.selection import Selection
 from piece_ops.training import Row, Task, load_model, load_task, run
@@ -239,6 +240,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_text(path, "\ud800")
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("as it was")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"a\.safetensors cannot be written: .*[Tt]oo large"):
+            write_tensors(path, {"a": torch.zeros(5000)}, file_format="f", version=1, info={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_summary_and_the_table_follow_the_matrices() -> None:

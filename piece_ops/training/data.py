@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +95,30 @@ class Data:
             "reference content": None if reference is None else digest(_ids(reference)),
             "setting": settings.as_dict(),
             # These stand for the tokenizer.
-            "tokens of all rows": digest([_ids(r) for r in (*self.train_rows, *self._held_out)]),
+            "tokens of all rows": digest(
+                ids for rows in (*self.train_rows, *self._held_out) for ids in _ids(rows)
+            ),
             "base model": base,
         }
 
 
-def _rows(task: Task) -> list[Any]:
-    return [[[row.prompt, row.answer] for row in side] for side in (task.train, task.held_out)]
+def _rows(task: Task) -> Iterator[Any]:
+    for side in ("train", "held_out"):
+        for row in getattr(task, side):
+            yield side, row.prompt, row.answer
 
 
-def _ids(rows: Iterable[EncodedRow]) -> list[Any]:
-    return [[row.prompt, row.answer] for row in rows]
+def _ids(rows: Iterable[EncodedRow]) -> Iterator[Any]:
+    for row in rows:
+        yield row.prompt, row.answer
 
 
-def digest(value: Any) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def digest(values: Iterable[Any]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of the values' JSON lines."""
+    sha = hashlib.sha256()
+    for value in values:
+        sha.update(json.dumps(value).encode() + b"\n")
+    return sha.hexdigest()[:16]
 
 
 def load_texts(

@@ -187,7 +187,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Results:
-        """Make results of what `as_dict` returned, or a results file holds."""
+        """Make results of what `as_dict` returned, or a results file (also an older one) holds."""
         return cls(
             model=value["model"],
             settings=Settings.from_dict(value["settings"]),
@@ -197,7 +197,7 @@ class Results:
             accuracy=value["accuracy"],
             loss=value["loss"],
             general=value["general_loss"],
-            benchmarks=value["benchmarks"],
+            benchmarks=value.get("benchmarks", []),
             base_seconds=value["base_seconds"],
             complete=value["complete"],
             started=value["started"],

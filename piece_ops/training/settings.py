@@ -219,8 +219,8 @@ class Settings:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Settings:
-        """Make settings of what `as_dict` returned, or a results file holds."""
-        return cls(**{**value, "lm_eval": tuple(value["lm_eval"])})
+        """Make settings of what `as_dict` returned, or a results file (also an older one) holds."""
+        return cls(**{**value, "lm_eval": tuple(value.get("lm_eval", ()))})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for the results file."""

@@ -145,8 +145,24 @@ class Work:
     ) -> None:
         """Do all phases that are not done yet; the run is then complete."""
         state = self.state
-        if state.results.complete:
-            return  # it was killed just before its folder was put in place
+        if not state.results.complete:
+            self._phases(folder, checkpoint_steps, checkpoint_seconds)
+            if save:
+                with timed(state.results.base_seconds, "save"):
+                    write_folder(
+                        folder / "model", lambda made: save_model(self.model, self.tokenizer, made)
+                    )
+            state.results.complete = True
+            state.write(folder)
+        # Also of a run that was killed just here.
+        state.results.write(folder)
+        if self.settings.method == "full":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _phases(
+        self, folder: Path, checkpoint_steps: int | None, checkpoint_seconds: float
+    ) -> None:
+        state = self.state
         state.write(folder)
         while state.phase != "save":
             i = state.place - 1
@@ -166,16 +182,6 @@ class Work:
                 state.results.write(folder)
                 if i >= 0:
                     self.say(self._line(i))
-        if save:
-            with timed(state.results.base_seconds, "save"):
-                write_folder(
-                    folder / "model", lambda made: save_model(self.model, self.tokenizer, made)
-                )
-        state.results.complete = True
-        state.write(folder)
-        state.results.write(folder)
-        if self.settings.method == "full":
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _files(self, folder: Path, i: int) -> TaskFiles:
         return TaskFiles(folder, f"{i + 1}-{self.tasks[i].name}")
