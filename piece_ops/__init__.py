@@ -7,7 +7,7 @@ other weight bit for bit as it was. The ops work on plain tensors; `Importance`,
 
 from __future__ import annotations
 
-from piece_ops.delta import Delta
+from piece_ops.delta import Delta, diff
 from piece_ops.functional import (
     Score,
     TopK,
@@ -36,6 +36,7 @@ __all__ = [
     "TopK",
     "__version__",
     "accumulate_squares_",
+    "diff",
     "estimate",
     "gather",
     "scatter_",

@@ -11,7 +11,6 @@ import torch
 from piece_ops import PieceModel, Selection, SparseAdamW
 from piece_ops.delta import Delta
 from piece_ops.training import Encoder, Row, load_task, run
-from piece_ops.training.learner import join
 from piece_ops.training.train import train_task
 
 from helpers.tiny_lm import COLOURS, quick, save_tiny, tiny_model, tiny_tokenizer, write_rows
@@ -113,23 +112,6 @@ def test_a_refreshed_task_leaves_one_delta() -> None:
         assert torch.equal(one, two)
     trained.delta.revert_(model)
     assert all(map(torch.equal, model.parameters(), tiny_model().parameters()))
-
-
-def test_deltas_are_joined_from_first_base_to_last_value() -> None:
-    layer = torch.nn.Linear(4, 3)
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    parts = []
-    for places in ([0, 5], [5, 7], [2]):
-        model = PieceModel(layer, chosen(weight=places, bias=[0]))
-        with torch.no_grad():
-            model.values.weight.add_(1.0)
-        parts.append(model.delta())
-        model.unload()
-    whole = join(parts)
-    assert whole.indices["weight"].tolist() == [0, 2, 5, 7]
-    whole.revert_(layer)
-    for name, parameter in layer.named_parameters():
-        assert torch.equal(parameter, before[name])
 
 
 def test_earlier_tasks_keep_their_coordinates(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from piece_ops.delta.compare import diff
 from piece_ops.delta.record import Delta
+from piece_ops.delta.rewrite import rewrite
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "diff", "rewrite"]

@@ -48,14 +48,16 @@ def _tensors(delta: Delta) -> dict[str, Tensor]:
     """What the file holds: positions narrowed to int32 where the parameter allows it."""
     tensors = {}
     for name, positions in delta.indices.items():
-        small = math.prod(delta.shapes[name]) < 2**31
         # Copies, since safetensors refuses tensors that share memory (slices of one).
-        tensors[f"{name}.indices"] = positions.to(
-            "cpu", torch.int32 if small else torch.int64, copy=True
-        )
+        tensors[f"{name}.indices"] = narrow(positions, delta.shapes[name]).to("cpu", copy=True)
         tensors[f"{name}.values"] = delta.values[name].to("cpu", copy=True)
         tensors[f"{name}.base_values"] = delta.base_values[name].to("cpu", copy=True)
     return tensors
+
+
+def narrow(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Positions as int32 where the parameter allows it: fewer than 2^31 elements."""
+    return positions.to(torch.int32) if math.prod(shape) < 2**31 else positions
 
 
 def _digest(info: dict[str, Any], tensors: dict[str, Tensor]) -> str:

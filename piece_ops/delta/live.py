@@ -36,6 +36,41 @@ def _write(
     where = f"piece_ops.Delta.{function}"
     weights = parameters_of(model, where)
     check_structure(delta, weights, strict, where)
+    chosen = _chosen(delta, weights, where)
+    check_held(delta, read(chosen, delta.indices), old, new, where)
+    if strict:
+        # An apply finds the base values in the model already.
+        is_apply = old is delta.base_values
+        check_fingerprint(delta, weights, {} if is_apply else delta.base_values, where)
+    write(chosen, delta.indices, new)
+
+
+def switch_(applied: Delta, model: nn.Module, other: Delta, *, strict: bool) -> None:
+    """See `Delta.switch_`."""
+    where = "piece_ops.Delta.switch_"
+    weights = parameters_of(model, where)
+    check_structure(applied, weights, strict, where)
+    check_structure(other, weights, strict, where)
+    leaving, coming = _chosen(applied, weights, where), _chosen(other, weights, where)
+    held = read(leaving, applied.indices)
+    check_held(applied, held, applied.values, applied.base_values, where)
+    same_base = applied.fingerprint == other.fingerprint
+    if strict and not same_base:
+        check_fingerprint(applied, weights, applied.base_values, where)
+    # Only now can the other delta's base values be compared: they are what reverting leaves.
+    write(leaving, applied.indices, applied.base_values)
+    try:
+        check_held(other, read(coming, other.indices), other.base_values, other.values, where)
+        if strict and not same_base:
+            check_fingerprint(other, weights, {}, where)
+    except ValueError:
+        write(leaving, applied.indices, applied.values)
+        raise
+    write(coming, other.indices, other.values)
+
+
+def _chosen(delta: Delta, weights: Parts, where: str) -> dict[str, Tensor]:
+    """The weights that the delta changes, ready to be written."""
     chosen = {name: weights[name].detach() for name in delta.indices}
     for name, weight in chosen.items():
         if not weight.is_contiguous():
@@ -43,10 +78,7 @@ def _write(
                 f"{where}: changed weights must be contiguous, got strides {weight.stride()} for "
                 f"{name!r}; set its data to data.contiguous() first"
             )
-    check_held(delta, read(chosen, delta.indices), old, new, where)
-    if strict and fingerprint(weights, delta.indices, delta.base_values) != delta.fingerprint:
-        raise ValueError(_other_base(delta, where))
-    write(chosen, delta.indices, new)
+    return chosen
 
 
 def parameters_of(model: nn.Module, where: str) -> dict[str, Tensor]:
@@ -120,6 +152,18 @@ def check_held(delta: Delta, held: Parts, old: Parts, new: Parts, where: str) ->
     )
 
 
+def check_fingerprint(delta: Delta, weights: Parts, base_values: Parts, where: str) -> None:
+    """Raise ValueError unless the weights, with `base_values` put in, are the delta's base."""
+    indices = {name: delta.indices[name] for name in base_values}
+    if fingerprint(weights, indices, base_values) != delta.fingerprint:
+        raise ValueError(
+            f"{where}: the model must be the one that the delta{_called(delta.task)} was made on, "
+            "got one that differs outside the delta's coordinates (its fingerprint is another "
+            "one): apply deltas in the order in which they were made, revert the last one first; "
+            "strict=False compares the delta's own coordinates only. Nothing was written"
+        )
+
+
 def read(weights: Parts, indices: Parts) -> dict[str, Tensor]:
     """The weights at the indices, each on its weight's device; one call per device."""
     found: dict[str, Tensor] = {}
@@ -147,16 +191,6 @@ def _by_device(weights: Parts) -> list[list[str]]:
     for name, weight in weights.items():
         groups.setdefault(weight.device, []).append(name)
     return list(groups.values())
-
-
-def _other_base(delta: Delta, where: str) -> str:
-    return (
-        f"{where}: the model must be the one that the delta{_called(delta.task)} was made on"
-        f"{_called(delta.base)}, got one that differs outside the delta's coordinates (its "
-        "fingerprint is another one): apply deltas in the order in which they were made, revert "
-        "the last one first; strict=False compares the delta's own coordinates only. Nothing was "
-        "written"
-    )
 
 
 def _called(name: str) -> str:

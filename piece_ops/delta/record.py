@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ops._schema import FLOATS
-from piece_ops.delta import file, live
+from piece_ops.delta import algebra, file, live, table
 from piece_ops.selection import check_positions
 
 
@@ -239,3 +239,78 @@ class Delta:
             yield model
         finally:
             self.revert_(model, strict=strict)
+
+    def switch_(self, model: nn.Module, other: Delta, *, strict: bool = True) -> None:
+        """Revert this delta, which the model holds, and apply another one.
+
+        As ``self.revert_(model)`` and ``other.apply_(model)``, but when `other` is refused this
+        delta is back in place, and between deltas of the same base (the same fingerprint) only
+        their own coordinates are compared, which is most of the time.
+
+        Raises
+        ------
+        ValueError
+            As `apply_` and `revert_` do; the model is then as it was.
+
+        Examples
+        --------
+        >>> mail.apply_(model)  # doctest: +SKIP
+        >>> mail.switch_(model, law)  # doctest: +SKIP
+        """
+        live.switch_(self, model, other, strict=strict)
+
+    def to_sparse_patches(self) -> list[dict[str, Any]]:
+        """The new values as records that take the place of weights in a running server.
+
+        Returns
+        -------
+        list of dict
+            One for each changed parameter, with the fields of vLLM's ``SparseWeightPatch``:
+            ``name`` (of the checkpoint's tensor), ``indices`` (flat, int32; int64 when the
+            parameter has 2^31 elements or more, which vLLM does not take), ``values`` (absolute,
+            in the weight's dtype), ``full_shape`` (tuple of int). The same pair of tensors is
+            what a file of sparse updates in TRL's layout holds under ``<name>.indices`` and
+            ``<name>.values``, which are the names in our own file, too.
+
+        Examples
+        --------
+        >>> patches = [SparseWeightPatch(**patch) for patch in patches]  # doctest: +SKIP
+        """
+        return [
+            {
+                "name": name,
+                "indices": file.narrow(positions, self.shapes[name]),
+                "values": self.values[name],
+                "full_shape": self.shapes[name],
+            }
+            for name, positions in self.indices.items()
+        ]
+
+    # ------------------------------------------------------------------------- looking, combining
+
+    def show(self) -> table.Summary:
+        """What the delta holds, by parameter: counts, shares, magnitude of the change, bytes.
+
+        Examples
+        --------
+        >>> print(delta.show())  # doctest: +SKIP
+        """
+        return table.summary(self)
+
+    def overlap(self, other: Delta) -> algebra.Overlap:
+        """Which coordinates both deltas change, and how many of them to different values.
+
+        Deltas of one base that share no coordinate can be applied together, in any order, with
+        ``strict=False``.
+        """
+        return algebra.overlap(self, other)
+
+    def then(self, other: Delta) -> Delta:
+        """This delta and then the other one, which was made on what this one leaves, as one.
+
+        Raises
+        ------
+        ValueError
+            When `other` has other base values at a shared coordinate, with tensors and counts.
+        """
+        return algebra.then(self, other)

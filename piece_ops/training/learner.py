@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -99,26 +100,8 @@ class SparseLearner(Learner):
 
     def delta(self, task: str, parent: str) -> Delta:
         """Return what the task has changed with all its selections."""
-        whole = join([*self._parts, self.module.delta()])
+        whole = reduce(Delta.then, [*self._parts, self.module.delta()])
         return replace(whole, task=task, parent=parent)
-
-
-def join(deltas: Sequence[Delta]) -> Delta:
-    """Make one delta of several that were made one after another: first base, last values."""
-    first = deltas[0]
-    indices, values, base_values = {}, {}, {}
-    for name in first.shapes:
-        parts = [delta for delta in deltas if name in delta.indices]
-        if not parts:
-            continue
-        places = torch.unique(torch.cat([part.indices[name] for part in parts]))
-        new, old = (places.new_empty(places.shape, dtype=first.dtypes[name]) for _ in range(2))
-        for part in parts:
-            new[torch.searchsorted(places, part.indices[name])] = part.values[name]
-        for part in reversed(parts):
-            old[torch.searchsorted(places, part.indices[name])] = part.base_values[name]
-        indices[name], values[name], base_values[name] = places, new, old
-    return replace(first, indices=indices, values=values, base_values=base_values)
 
 
 class FullLearner(Learner):
