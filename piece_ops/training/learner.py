@@ -100,7 +100,7 @@ class SparseLearner(Learner):
 
     def delta(self, task: str, parent: str) -> Delta:
         """Return what the task has changed with all its selections."""
-        whole = reduce(Delta.then, [*self._parts, self.module.delta()])
+        whole: Delta = reduce(Delta.then, [*self._parts, self.module.delta()])
         return replace(whole, task=task, parent=parent)
 
 
