@@ -223,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if parsed.debug:
             raise
-        print(f"piece-ops {parsed.command}: interrupted", file=sys.stderr)
+        hint = "; the same command with --resume goes on" if parsed.command == "train" else ""
+        print(f"piece-ops {parsed.command}: interrupted{hint}", file=sys.stderr)
         return 130
     # What bad input, a full disk, too little memory or a missing package raise; anything else is a
     # defect and keeps its traceback.

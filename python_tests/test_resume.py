@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from piece_ops.training.output import RunFolder
 
 from helpers.killing import (
     check_readable,
+    events,
     outcome,
     run_and_kill,
     run_to_end,
@@ -119,6 +119,38 @@ def test_a_run_that_works_or_is_complete(
     assert contents(tmp_path) == before
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = command(data, tmp_path / "out", "full")
+    with monkeypatch.context() as patch:
+        patch.setattr("piece_ops.training.work.train_task", interrupted)
+        assert cli.main(arguments) == 130
+    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "task 1 of 2, one, training" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(data, tmp_path / "out", "lora")
+    run_until_event(arguments, tmp_path / "log", 40)
+    path = tmp_path / "out.unfinished" / "checkpoints" / "1-one.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "1-one.safetensors' is not a whole safetensors file" in capsys.readouterr().err
+    path.write_bytes(whole.replace(b"values/base", b"values/Base"))
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "1-one.safetensors' is damaged" in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert cli.main([*arguments, "--resume"]) == 0
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     """Every file's bytes, the lock's aside."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "log"))
@@ -173,31 +205,34 @@ def test_fifty_killed_runs_end_with_the_same_bits(data: Path, tmp_path: Path) ->
     print(f"\n{at.total()} kills, at: {dict(at)}", file=sys.stderr)
 
 
-def kill_at_events(data: Path, tmp_path: Path, kind: str, events: Iterable[int]) -> int:
-    """Kill a run just before each of these flushes and renamings; return how many there are."""
+def kill_at_events(
+    data: Path, tmp_path: Path, kind: str, choose: Callable[[int], Iterable[int]]
+) -> None:
+    """Kill runs just before some of their flushes and renamings; they replace an earlier run."""
     whole, log = tmp_path / "whole", tmp_path / "log"
     run_to_end(command(data, whole, kind), log)
-    wanted, count = outcome(whole), 0
-    for event in events:
-        out = tmp_path / f"killed-{event}"
-        if not run_until_event(command(data, out, kind), log, event):
-            break
-        count += 1
+    wanted, out = outcome(whole), tmp_path / "out"
+    run_to_end([*command(data, out, "piece-f in bfloat16"), "--seed", "7"], log)
+    start = [*command(data, out, kind), "--overwrite"]
+    run_to_end(start, log)
+    for event in choose(events(log)):
+        assert run_until_event(start, log, event)
         check_readable(tmp_path)
         run_to_end([*command(data, out, kind), "--resume"], log)
         assert outcome(out) == wanted, (kind, event)
-        shutil.rmtree(out)
-    return count
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "log"}
 
 
 def test_a_run_killed_while_it_writes(data: Path, tmp_path: Path) -> None:
     draw = random.Random(2)
-    assert kill_at_events(data, tmp_path, "piece-g", draw.sample(range(1, 100), 2)) == 2
+    kill_at_events(data, tmp_path, "piece-g", lambda count: draw.sample(range(1, count), 2))
+
+
+def test_a_run_killed_while_it_is_put_in_place(data: Path, tmp_path: Path) -> None:
+    kill_at_events(data, tmp_path, "full", lambda count: (count - 12, count - 2, count - 1, count))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_before_every_write(data: Path, tmp_path: Path, kind: str) -> None:
-    count = kill_at_events(data, tmp_path, kind, itertools.count(1))
-    print(f"\n{kind}: killed before each of {count} flushes and renamings", file=sys.stderr)
-    assert count > 50
+    kill_at_events(data, tmp_path, kind, lambda count: range(1, count + 1))

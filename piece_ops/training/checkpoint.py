@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from piece_ops._files import read_tensors, write_tensors
@@ -44,41 +45,58 @@ class Checkpoint:
     losses: list[float]
     segment: int
     seconds: float
+    _path: Path
     _info: dict[str, Any]
     _read: Callable[[str], Tensor]
+
+    def _tensor(self, name: str, like: Tensor | None = None) -> Tensor:
+        try:
+            found = self._read(name)
+        except SafetensorError as error:
+            raise ValueError(f"{_WHERE}: {str(self._path)!r} is damaged: {error}") from error
+        if like is not None and (found.shape, found.dtype) != (like.shape, like.dtype):
+            raise ValueError(
+                f"{_WHERE}: {str(self._path)!r} must hold {like.dtype} {list(like.shape)} for "
+                f"{name!r}, got {found.dtype} {list(found.shape)}"
+            )
+        return found
 
     @torch.no_grad()
     def restore(self, learner: Learner) -> None:
         """Put values, gradients' presence, optimizer state and random numbers back."""
         state = {}
         for place, (name, parameter) in enumerate(learner.parameters.items()):
-            parameter.copy_(self._read(f"values/{name}"))
+            parameter.copy_(self._tensor(f"values/{name}", parameter))
             # A parameter with a gradient of zeros moves by its momentum, one without does not.
             parameter.grad = torch.zeros_like(parameter) if name in self._info["graded"] else None
             if name in self._info["state"]:
                 held = dict(self._info["state"][name])
                 for key, kept in held.items():
                     if kept is None:
-                        held[key] = self._read(f"state/{key}/{name}")
+                        held[key] = self._tensor(f"state/{key}/{name}")
                 state[place] = held
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        torch.set_rng_state(self._read("random/cpu"))
+        torch.set_rng_state(self._tensor("random/cpu"))
         if self._info["cuda"] is not None:
-            torch.cuda.set_rng_state(self._read("random/cuda"), self._info["cuda"])
+            torch.cuda.set_rng_state(self._tensor("random/cuda"), self._info["cuda"])
 
     def load_values(self, learner: Learner) -> None:
         """Put the values back only: for a task that is done."""
         with torch.no_grad():
             for name, parameter in learner.parameters.items():
-                parameter.copy_(self._read(f"values/{name}"))
+                parameter.copy_(self._tensor(f"values/{name}", parameter))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a file of `write_checkpoint`; ValueError when it is damaged."""
     info, _, read = read_tensors(path, file_format=_FORMAT, version=_VERSION, where=_WHERE)
     try:
-        return Checkpoint(info["losses"], int(info["segment"]), float(info["seconds"]), info, read)
+        for key in ("state", "graded", "cuda"):
+            info[key]
+        return Checkpoint(
+            info["losses"], int(info["segment"]), float(info["seconds"]), path, info, read
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{_WHERE}: the header of {str(path)!r} is incomplete: {error!r}"

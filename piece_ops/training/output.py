@@ -175,8 +175,12 @@ class RunFolder:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            # The state file goes last, so that the folder is known as a run's until it is empty.
-            for path in sorted(self.work.rglob("*"), key=lambda path: path.name == STATE):
+            # These two go last, so that the folder is known as a run's until it is empty.
+            marks = ("", RESULTS, STATE)
+            entries = sorted(
+                self.work.rglob("*"), key=lambda p: marks.index(p.name if p.name in marks else "")
+            )
+            for path in entries:
                 if path.name != LOCK and (is_temporary(path) or not self._resume):
                     remove(path)
         except OSError as error:

@@ -33,22 +33,23 @@ CONTEXT.set_forkserver_preload(
 def _child(arguments: Sequence[str], log: str, event: int) -> None:
     torch.set_num_threads(1)
     tqdm.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a kill would leave
-    _die_at(event)
+    seen = _die_at(event)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os._exit(cli.main(arguments))
+    status = cli.main(arguments)
+    os.write(1, f"\nevents {seen[0]}\n".encode())
+    os._exit(status)
 
 
-def _die_at(event: int) -> None:
-    """Let the process kill itself just before the `event`-th flush or renaming, from 1."""
-    left = event
+def _die_at(event: int) -> list[int]:
+    """Let the process kill itself just before the `event`-th flush or renaming; count them."""
+    seen = [0]
 
     def watched(function: Any) -> Any:
         def call(*arguments: Any, **more: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            seen[0] += 1
+            if seen[0] == event:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **more)
 
@@ -56,6 +57,7 @@ def _die_at(event: int) -> None:
 
     for name in ("fsync", "replace", "rename"):
         setattr(os, name, watched(getattr(os, name)))
+    return seen
 
 
 def start(arguments: Sequence[str], log: Path, event: int = 0) -> BaseProcess:
@@ -97,6 +99,12 @@ def run_until_event(arguments: Sequence[str], log: Path, event: int) -> bool:
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
     return process.exitcode != 0
+
+
+def events(log: Path) -> int:
+    """How many flushes and renamings the last run to its end had."""
+    lines = log.read_text().splitlines()
+    return int([line for line in lines if line.startswith("events ")][-1].split()[1])
 
 
 def check_readable(folder: Path) -> None:
