@@ -7,7 +7,7 @@ other weight bit for bit as it was. The ops work on plain tensors; `Importance`,
 
 from __future__ import annotations
 
-from piece_ops.delta import Delta, diff
+from piece_ops.delta import Delta, TaskSwitch, diff
 from piece_ops.functional import (
     Score,
     TopK,
@@ -33,6 +33,7 @@ __all__ = [
     "Score",
     "Selection",
     "SparseAdamW",
+    "TaskSwitch",
     "TopK",
     "__version__",
     "accumulate_squares_",

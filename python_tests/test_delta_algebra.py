@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import piece_ops.delta.compare
-from piece_ops import Delta, PieceModel, diff
+from piece_ops import Delta, PieceModel, TaskSwitch, diff
 
 from helpers.deltas import same, select, snapshot, train
 from helpers.tiny_models import MODELS, llama
@@ -149,36 +149,61 @@ def test_then_makes_one_delta_of_a_stack() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_switching_between_tasks_on_a_live_model(shared: bool) -> None:
     model, first, second, base = two_tasks(shared)
-    first.apply_(model)
-    one = snapshot(model)
-    for _ in range(2):
-        first.switch_(model, second)
-        with pytest.raises(ValueError, match=r"switch_: the model must hold the changed values"):
-            first.switch_(model, second)
-        second.switch_(model, first)
-        assert same(model, one)
-    first.revert_(model)
-    assert same(model, base)
+    states = {None: base}
+    for task, delta in (("one", first), ("two", second)):
+        with delta.applied(model):
+            states[task] = snapshot(model)
+    tasks = TaskSwitch(model, {"one": first, "two": second})
+    for task in ("one", "two", "two", "one", None, "two", None, None):
+        tasks.switch_(task)
+        assert tasks.active == task and same(model, states[task])
+    with pytest.raises(KeyError, match=r"one of \['one', 'two'\] or None, got 'three'"):
+        tasks.switch_("three")
 
 
-def test_a_refused_switch_leaves_the_first_task_in_place() -> None:
+def test_a_switch_checks_its_deltas_when_made() -> None:
     model, first, _, _ = two_tasks(shared=False)
-    first.apply_(model)
-    kept = snapshot(model)
-    stranger = train(llama(seed=5), seed=3)
-    with pytest.raises(ValueError, match="must hold the base values"):
-        first.switch_(model, stranger)
-    assert same(model, kept)
-    with pytest.raises(ValueError, match=r"parameters .* got 1 that differ"):
-        first.switch_(model, train(llama(tied=True)))
-    assert same(model, kept)
-    # Made on top of `first`: its coordinates may agree with the base's, its base model does not.
-    child = train(model, seed=4, density=1e-4, parent=first)
-    child.revert_(model)
-    assert same(model, kept)
+    with first.applied(model), pytest.raises(ValueError, match="applied already"):
+        TaskSwitch(model, {"one": first})
+    with first.applied(model):
+        child = train(model, seed=4, density=1e-4, parent=first)
+        child.revert_(model)
     with pytest.raises(ValueError, match=r"fingerprint|base values"):
-        first.switch_(model, child)
-    assert same(model, kept)
+        TaskSwitch(model, {"one": first, "child": child})
+    with pytest.raises(ValueError, match=r"parameters .* got 1 that differ"):
+        TaskSwitch(model, {"one": train(llama(tied=True))})
+
+
+def test_a_switch_notices_what_others_did_to_the_weights() -> None:
+    model, first, second, base = two_tasks(shared=False)
+    tasks = TaskSwitch(model, {"one": first, "two": second})
+    tasks.switch_("one")
+    name, place = "lm_head.weight", int(first.indices["lm_head.weight"][0])
+    with torch.no_grad():
+        model.lm_head.weight.view(-1)[place] += 1.0
+    kept = snapshot(model)
+    with pytest.raises(
+        ValueError, match=rf"switch_: .* changed values .*in 1 tensors \({name!r}: 1 of"
+    ):
+        tasks.switch_("two")
+    assert same(model, kept) and tasks.active == "one"
+    with torch.no_grad():
+        model.lm_head.weight.view(-1)[place] -= 1.0
+        model.lm_head.weight.view(-1)[place] = first.values[name][0]
+    tasks.switch_("two")  # written, but the bits are right
+    tasks.switch_(None)
+    assert same(model, base)
+    wrapped = PieceModel(model, select(model))
+    with pytest.raises(ValueError, match="must keep the parameters"):
+        tasks.switch_("one")
+    wrapped.unload()
+    model.to(torch.float64)
+    with pytest.raises(ValueError, match="must keep the parameters"):
+        tasks.switch_("one")
+    model.to(torch.float32)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="must keep the parameters"):
+        tasks.switch_("one")
 
 
 def test_siblings_without_a_common_coordinate_apply_together() -> None:

@@ -8,5 +8,6 @@ from __future__ import annotations
 from piece_ops.delta.compare import diff
 from piece_ops.delta.record import Delta
 from piece_ops.delta.rewrite import rewrite
+from piece_ops.delta.switch import TaskSwitch
 
-__all__ = ["Delta", "diff", "rewrite"]
+__all__ = ["Delta", "TaskSwitch", "diff", "rewrite"]

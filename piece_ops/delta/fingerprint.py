@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,15 @@ def fingerprint(
         dims = ",".join(map(str, tensor.shape))
         sha.update(f"{name}\t{dtype_name(tensor.dtype)}\t{dims}\n".encode())
         stride = stride_of(tensor.numel())
-        sample = tensor.reshape(-1)[::stride].to("cpu", copy=True)
+        sample = _bytes_of(tensor.reshape(-1)[::stride].to("cpu", copy=True))
         if name in indices:
-            hit = indices[name] % stride == 0
-            sample[(indices[name][hit] // stride).cpu()] = values[name][hit].cpu()
-        sha.update(sample.contiguous().view(torch.uint8).numpy().data)
+            positions = indices[name].cpu().numpy()
+            hit = positions % stride == 0
+            sample[positions[hit] // stride] = _bytes_of(values[name].cpu())[hit]
+        sha.update(sample.data)
     return sha.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a flat tensor as an array of shape [elements, bytes of one], without a copy."""
+    return tensor.view(torch.uint8).numpy().reshape(tensor.numel(), tensor.element_size())

@@ -36,7 +36,7 @@ def _write(
     where = f"piece_ops.Delta.{function}"
     weights = parameters_of(model, where)
     check_structure(delta, weights, strict, where)
-    chosen = _chosen(delta, weights, where)
+    chosen = chosen_weights(delta, weights, where)
     check_held(delta, read(chosen, delta.indices), old, new, where)
     if strict:
         # An apply finds the base values in the model already.
@@ -45,31 +45,7 @@ def _write(
     write(chosen, delta.indices, new)
 
 
-def switch_(applied: Delta, model: nn.Module, other: Delta, *, strict: bool) -> None:
-    """See `Delta.switch_`."""
-    where = "piece_ops.Delta.switch_"
-    weights = parameters_of(model, where)
-    check_structure(applied, weights, strict, where)
-    check_structure(other, weights, strict, where)
-    leaving, coming = _chosen(applied, weights, where), _chosen(other, weights, where)
-    held = read(leaving, applied.indices)
-    check_held(applied, held, applied.values, applied.base_values, where)
-    same_base = applied.fingerprint == other.fingerprint
-    if strict and not same_base:
-        check_fingerprint(applied, weights, applied.base_values, where)
-    # Only now can the other delta's base values be compared: they are what reverting leaves.
-    write(leaving, applied.indices, applied.base_values)
-    try:
-        check_held(other, read(coming, other.indices), other.base_values, other.values, where)
-        if strict and not same_base:
-            check_fingerprint(other, weights, {}, where)
-    except ValueError:
-        write(leaving, applied.indices, applied.values)
-        raise
-    write(coming, other.indices, other.values)
-
-
-def _chosen(delta: Delta, weights: Parts, where: str) -> dict[str, Tensor]:
+def chosen_weights(delta: Delta, weights: Parts, where: str) -> dict[str, Tensor]:
     """The weights that the delta changes, ready to be written."""
     chosen = {name: weights[name].detach() for name in delta.indices}
     for name, weight in chosen.items():

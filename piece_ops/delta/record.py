@@ -240,25 +240,6 @@ class Delta:
         finally:
             self.revert_(model, strict=strict)
 
-    def switch_(self, model: nn.Module, other: Delta, *, strict: bool = True) -> None:
-        """Revert this delta, which the model holds, and apply another one.
-
-        As ``self.revert_(model)`` and ``other.apply_(model)``, but when `other` is refused this
-        delta is back in place, and between deltas of the same base (the same fingerprint) only
-        their own coordinates are compared, which is most of the time.
-
-        Raises
-        ------
-        ValueError
-            As `apply_` and `revert_` do; the model is then as it was.
-
-        Examples
-        --------
-        >>> mail.apply_(model)  # doctest: +SKIP
-        >>> mail.switch_(model, law)  # doctest: +SKIP
-        """
-        live.switch_(self, model, other, strict=strict)
-
     def to_sparse_patches(self) -> list[dict[str, Any]]:
         """The new values as records that take the place of weights in a running server.
 
