@@ -136,6 +136,18 @@ def test_earlier_tasks_keep_their_coordinates(tmp_path: Path) -> None:
         assert not one & two
 
 
+def test_a_refreshed_random_selection_is_another_one(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", COLOURS)
+    settings = quick(method="random", refresh=1, steps=3)
+    tasks = [(load_task("a", path), path)]
+    run(str(save_tiny(tmp_path / "model")), tasks, settings, tmp_path / "out", save=False)
+    files = sorted((tmp_path / "out" / "selections").iterdir())
+    chosen = [Selection.load(file).indices["model.layers.0.mlp.up_proj.weight"] for file in files]
+    assert len(chosen) == 3
+    for one, two in itertools.combinations(chosen, 2):
+        assert one.shape != two.shape or not torch.equal(one, two)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_only_selections_are_refreshed_or_protected(method: str) -> None:
     with pytest.raises(ValueError, match=f"belong to methods that select, got method {method}"):

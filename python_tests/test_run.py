@@ -57,6 +57,9 @@ def test_a_run_measures_trains_and_saves(folder: Path, tmp_path: Path, method: s
     )
     value = json.loads((out / "results.json").read_text())
     assert value["complete"] and value == {**results.as_dict(), "written": value["written"]}
+    again = Results.from_dict(value)
+    assert (again.settings, again.tasks, again.texts) == (settings, results.tasks, results.texts)
+    assert again.summary() == results.summary()
     assert [[x is None for x in row] for row in value["accuracy"]] == [
         [False, False],
         [False, False],

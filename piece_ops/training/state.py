@@ -32,7 +32,7 @@ class RunState:
     Attributes
     ----------
     identity : dict
-        Everything that decides the run's numbers, by what it is; see `identity_of`.
+        Everything that decides the run's numbers, by what it is; see `Data.identity`.
     made_with : dict
         Versions and threads, on which the last bits depend.
     results : Results
@@ -131,7 +131,8 @@ class RunState:
 def made_with() -> dict[str, Any]:
     """Return what the last bits of a result depend on, beside the run itself."""
     found = machine()
-    return {**versions(), **{key: found[key] for key in ("architecture", "threads")}}
+    kept = ("architecture", "instruction_set", "threads")
+    return {**versions(), **{key: found[key] for key in kept}}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
