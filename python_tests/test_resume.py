@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from piece_ops import cli
-from piece_ops.training.output import RunFolder
+from piece_ops.training.output import OutputError, RunFolder
 
 from helpers.killing import (
     check_readable,
@@ -117,6 +117,20 @@ def test_a_run_that_works_or_is_complete(
     assert cli.main([*arguments, "--resume", "--seed", "5"]) == 2
     assert "setting seed was 0, is 5" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_another_process_completes_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with RunFolder(out) as folder:
+        (folder.work / "state.json").write_text('{"format": "piece_ops.run_state"}')
+        late = RunFolder(out, resume=True)
+        with pytest.raises(OutputError, match="that process [0-9]+ is at work on"), late:
+            pass
+        folder.finish()
+    with pytest.raises(OutputError, match="another process has just completed it"), late:
+        pass
+    assert RunFolder(out, resume=True).is_complete
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(
@@ -225,7 +239,7 @@ def kill_at_events(
 
 def test_a_run_killed_while_it_writes(data: Path, tmp_path: Path) -> None:
     draw = random.Random(2)
-    kill_at_events(data, tmp_path, "piece-g", lambda count: draw.sample(range(1, count), 2))
+    kill_at_events(data, tmp_path, "piece-g", lambda count: (1, draw.randrange(2, count)))
 
 
 def test_a_run_killed_while_it_is_put_in_place(data: Path, tmp_path: Path) -> None:

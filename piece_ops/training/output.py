@@ -132,7 +132,8 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._check_out(overwrite or resume)
         self._check_work(overwrite or resume)
-        self.is_complete = resume and not self.work.exists() and is_run(self.out)
+        self._is_begun = self.work.exists()
+        self.is_complete = resume and not self._is_begun and is_run(self.out)
 
     def _check_out(self, allowed: bool) -> None:
         if not self.out.exists():
@@ -172,6 +173,8 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         """Make the work folder and lock it; without `resume` it is then empty."""
+        if self._resume and self._is_begun and not self.work.exists():
+            raise self._just_completed()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -202,12 +205,15 @@ class RunFolder:
                 f"output folder {self.out}: wanted a run that nobody works on, got one that "
                 f"process {other or 'unknown'} is at work on"
             ) from error
-        if self._resume and not (self.work / STATE).exists() and is_run(self.out):
+        if not _is_file(self._lock, self.work / LOCK):
             self._release()
-            raise OutputError(f"output folder {self.out}: another process has just completed it")
+            raise self._just_completed()
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
+
+    def _just_completed(self) -> OutputError:
+        return OutputError(f"output folder {self.out}: another process has just completed it")
 
     def __exit__(self, *_: object) -> None:
         """Give the lock back."""
@@ -233,6 +239,14 @@ class RunFolder:
         """Remove what is left beside a complete run: the lock, and the run that it replaced."""
         (self.out / LOCK).unlink(missing_ok=True)
         shutil.rmtree(self._old, ignore_errors=True)
+
+
+def _is_file(stream: TextIO, path: Path) -> bool:
+    """Tell whether an open file is the one at `path`, which may have been renamed since."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:
