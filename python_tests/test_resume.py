@@ -124,13 +124,24 @@ def test_a_run_that_another_process_completes_meanwhile(tmp_path: Path) -> None:
     with RunFolder(out) as folder:
         (folder.work / "state.json").write_text('{"format": "piece_ops.run_state"}')
         late = RunFolder(out, resume=True)
-        with pytest.raises(OutputError, match="that process [0-9]+ is at work on"), late:
+        with pytest.raises(OutputError, match=r"that process \d+ is at work on"), late:
             pass
         folder.finish()
     with pytest.raises(OutputError, match="another process has just completed it"), late:
         pass
     assert RunFolder(out, resume=True).is_complete
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_was_half_dropped_is_started_anew(data: Path, tmp_path: Path) -> None:
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "out"
+    run_to_end(command(data, whole, "lora"), log)
+    run_until_event([*command(data, out, "lora"), "--seed", "3"], log, 60)
+    work = tmp_path / "out.unfinished"
+    assert list((work / "checkpoints").iterdir())
+    (work / "state.json").unlink()  # what --overwrite removes first
+    run_to_end([*command(data, out, "lora"), "--resume"], log)
+    assert outcome(out) == outcome(whole)
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -172,19 +172,18 @@ class RunFolder:
             )
 
     def __enter__(self) -> RunFolder:
-        """Make the work folder and lock it; without `resume` it is then empty."""
+        """Make the work folder and lock it; without a run to go on with it is then empty."""
         if self._resume and self._is_begun and not self.work.exists():
             raise self._just_completed()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            # These two go last, so that the folder is known as a run's until it is empty.
-            marks = ("", RESULTS, STATE)
-            entries = sorted(
-                self.work.rglob("*"), key=lambda p: marks.index(p.name if p.name in marks else "")
-            )
-            for path in entries:
-                if path.name != LOCK and (is_temporary(path) or not self._resume):
+            keeps = self._resume and (self.work / STATE).exists()
+            # Half removed, a run must not look like one to go on with, but still like one: its
+            # state goes first, its results last.
+            order = {STATE: 0, RESULTS: 2}
+            for path in sorted(self.work.rglob("*"), key=lambda path: order.get(path.name, 1)):
+                if path.name != LOCK and (is_temporary(path) or not keeps):
                     remove(path)
         except OSError as error:
             self._release()
