@@ -1,10 +1,12 @@
 """How a module comes to use trainable values inside a frozen dense weight.
 
-The module's class is swapped for a subclass of it with a property in place of the parameter: with
-gradients on, reading ``module.weight`` gives an alias of the dense weight (no copy) that is, for
-autograd, a function of the k values. Backward turns the dense gradient into the gradient of the
-values and lets go of it. ``module._parameters`` still holds the dense weight, so state dicts,
-parameter names and tied weights stay what they were.
+The module's class is swapped for a subclass of it. Linear layers and embeddings get a forward that
+samples the gradient of the values (`_taps`). For every other module, and for whoever reads a weight
+from outside, the subclass has a property in place of the parameter: with gradients on, reading
+``module.weight`` gives an alias of the dense weight (no copy) that is, for autograd, a function of
+the k values. Backward turns the dense gradient into the gradient of the values and lets go of it.
+``module._parameters`` still holds the dense weight, so state dicts, parameter names and tied
+weights stay what they were.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ops import _taps
 from piece_ops.functional import gather
 
 _TARGETS = "_piece_targets"  # in an owner's __dict__: attribute -> Target
@@ -98,15 +101,17 @@ def _flat_weights() -> property:
 
 
 @cache
-def _injecting_class(base: Any, attributes: tuple[str, ...]) -> Any:
+def _injecting_class(base: Any, attributes: tuple[str, ...], kind: _taps.Kind | None) -> Any:
     """The subclass of `base` with those attributes injected; one for all modules alike."""
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The subclass cannot be found by name, so copies and pickles make it anew.
         found = super(made, self).__reduce_ex__(protocol)
-        return (_rebuild, (base, attributes), *found[2:])
+        return (_rebuild, (base, attributes, kind), *found[2:])
 
     namespace: dict[str, Any] = {name: _property_for(name) for name in attributes}
+    if kind is not None:
+        namespace["forward"] = _taps.tapped_forward(base, kind)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = _flat_weights()
     namespace |= {
@@ -120,8 +125,8 @@ def _injecting_class(base: Any, attributes: tuple[str, ...]) -> Any:
     return made
 
 
-def _rebuild(base: type, attributes: tuple[str, ...]) -> Any:
-    return object.__new__(_injecting_class(base, attributes))
+def _rebuild(base: type, attributes: tuple[str, ...], kind: _taps.Kind | None) -> Any:
+    return object.__new__(_injecting_class(base, attributes, kind))
 
 
 def is_injected(module: nn.Module) -> bool:
@@ -152,10 +157,12 @@ def inject(targets: list[Target]) -> None:
     classes = {}
     for key, module in modules.items():
         base: Any = type(module)
-        classes[key] = _injecting_class(base, tuple(sorted(attributes[key])))
+        names = tuple(sorted(attributes[key]))
+        classes[key] = _injecting_class(base, names, _taps.kind_of(base))
     for key, module in modules.items():  # nothing below can fail half way
         module.__dict__[_TARGETS] = attributes[key]
         module.__class__ = classes[key]
+    _taps.place_taps(targets)
 
 
 def restore(targets: list[Target]) -> None:
@@ -166,3 +173,4 @@ def restore(targets: list[Target]) -> None:
                 injected: Any = type(module)
                 module.__class__ = injected._piece_base
                 del module.__dict__[_TARGETS]
+                module.__dict__.pop(_taps.TAP, None)

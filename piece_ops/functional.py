@@ -8,24 +8,29 @@ one that it does not name with a trailing underscore, or keeps any state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from piece_ops import backends as backends  # registers the implementations
-from piece_ops._arrays import Arrangement
+from piece_ops._arrays import Arrangement, as_tensor
 from piece_ops._topk import Score, TopK
 
+Array = Any  # Tensor | ndarray
 Tensors = Any  # Tensor | ndarray | list | tuple | dict of them; mirrored in the result
 _ops = torch.ops.piece_ops
 
 __all__ = [
     "Score",
     "TopK",
+    "accumulate_per_sample_squares_",
     "accumulate_squares_",
     "gather",
+    "sampled_weight_grad",
     "scatter_",
     "select_topk",
     "sparse_adamw_",
@@ -215,6 +220,105 @@ def accumulate_squares_(
         _ops.accumulate_squares_(squares, given.tensors, totals, _number(op, "weight", weight))
 
 
+def accumulate_per_sample_squares_(
+    square_sums: Array | None,
+    grad_output: Array,
+    input: Array,
+    offsets: Array | None = None,
+    sums: Array | None = None,
+    scales: Array | None = None,
+) -> None:
+    """Add every sample's squared weight gradient of a Linear, none of which is ever formed.
+
+    With G_n and X_n the tokens of sample n in ``grad_output`` and ``input``:
+    ``square_sums += sum_n (scales[n] G_n^T X_n)^2`` and ``sums += sum_n scales[n] G_n^T X_n``, in
+    float32, tile by tile. One batched backward so gives the exact squared gradient of each of its
+    samples.
+
+    Parameters
+    ----------
+    square_sums : array [out, in], or None
+        float32 accumulator of a weight [out, in], contiguous. Changed in place. None leaves it
+        out (then sums must be given). For a weight stored as [in, out], swap the two matrices.
+    grad_output : array [..., out]
+        The gradient of the layer's outputs, float32, bfloat16 or float16, features contiguous,
+        tokens at any one distance from each other. Not changed.
+    input : array [..., in]
+        What the layer computed from, likewise (the dtypes may differ), with the same leading
+        dimensions.
+    offsets : int64 array [n + 1] on the CPU, optional
+        Sample n is the tokens ``offsets[n]`` to ``offsets[n + 1] - 1`` of all, counted over the
+        leading dimensions; it may be empty. From 0 to the number of tokens, never decreasing.
+        None: each row of the first dimension is one sample, as in an ordinary [n, L, out] batch,
+        whose padded tokens have gradient 0.
+    sums : array [out, in], optional
+        float32 accumulator likewise.
+    scales : float32 array [n] on the CPU, optional
+        A factor for each sample's gradient, finite; None: 1. With the mean over a batch's tokens
+        as the loss, (tokens of the batch) / (tokens of sample n) gives sample n's own mean.
+
+    Raises
+    ------
+    ValueError
+        NaN or infinity in grad_output or input (names it and their count), offsets that do not
+        cover the tokens or decrease, arguments that do not fit. Nothing of the call is added.
+    TypeError
+        A dtype that is not listed.
+
+    Notes
+    -----
+    Cost: the multiplications of the batch's ordinary weight gradient, whatever the number of
+    samples, and one read and write of each accumulator; scratch: the size of input in float32, at
+    most some 64 MiB. The same bits for any thread count; between instruction sets and devices the
+    last places differ. Algorithm: ``csrc/cpu/accumulate_per_sample_squares.cpp``.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> grad_output = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]])  # two samples of two tokens
+    >>> input = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [5.0, 5.0]]])
+    >>> square_sums = torch.zeros(1, 2)
+    >>> piece_ops.accumulate_per_sample_squares_(square_sums, grad_output, input)
+    >>> square_sums  # of the gradients [3, 2] and [0, 3]
+    tensor([[ 9., 13.]])
+    """
+    op = "accumulate_per_sample_squares_"
+    squares, totals = (
+        None if value is None else as_tensor(op, name, value, is_written=True)
+        for name, value in (("square_sums", square_sums), ("sums", sums))
+    )
+    gradient, inputs = (
+        as_tensor(op, name, value, is_written=False)
+        for name, value in (("grad_output", grad_output), ("input", input))
+    )
+    if gradient.dim() < 2 or gradient.shape[:-1] != inputs.shape[:-1]:
+        raise ValueError(
+            f"piece_ops.{op}: grad_output and input must be [..., features] with the same leading "
+            f"dimensions, at least one, got shapes {tuple(gradient.shape)} and "
+            f"{tuple(inputs.shape)}"
+        )
+    if offsets is None:
+        samples, *tokens = gradient.shape[:-1]
+        bounds = torch.arange(samples + 1) * math.prod(tokens)
+    else:
+        bounds = as_tensor(op, "offsets", offsets, is_written=False)
+    factors = None if scales is None else as_tensor(op, "scales", scales, is_written=False)
+    rows, columns = _tokens(op, "grad_output", gradient), _tokens(op, "input", inputs)
+    _ops.accumulate_per_sample_squares_(squares, rows, columns, bounds, totals, factors)
+
+
+def _tokens(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """[..., features] as [tokens, features], never by a copy."""
+    try:
+        return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(0, -2)
+    except RuntimeError:
+        raise ValueError(
+            f"piece_ops.{op}: {argument} must have leading dimensions that merge into one, got "
+            f"shape {tuple(tensor.shape)} with strides {tensor.stride()}; call .contiguous() "
+            "first if a copy is meant"
+        ) from None
+
+
 def sparse_adamw_(
     weights: Tensors,
     indices: Tensors,
@@ -393,3 +497,73 @@ def total(tensors: Tensors) -> float:
         return 0.0
     with given.naming_errors():
         return float(_ops.total(given.tensors))
+
+
+def sampled_weight_grad(grad_output: Any, input: Any, indices: Any) -> Any:
+    """Compute selected entries of a Linear's weight gradient, without the others.
+
+    With a row of ``grad_output`` and of ``input`` for each token t and a weight [out, in], the
+    entry at flat position ``i * in + j`` is ``sum_t grad_output[t, i] * input[t, j]``. The two
+    matrices play the same part: for a weight stored as [in, out] (transformers' Conv1D) pass
+    ``input`` first and ``grad_output`` second.
+
+    Parameters
+    ----------
+    grad_output : array [..., out]
+        float32, bfloat16 or float16: the gradient with respect to the layer's output. Leading
+        dimensions are tokens. Rows of consecutive elements; the stride from row to row is free,
+        so a view of a larger activation is taken without a copy.
+    input : array [..., in]
+        Likewise, with as many tokens; its dtype may differ. What the layer was given; or only
+        some of its columns, with indices into a weight of that width.
+    indices : array
+        int64, flat, strictly increasing positions in 0 .. out * in - 1.
+
+    Returns
+    -------
+    array, float32, 1-D
+        One number for each index; zeros if there are no tokens. Products and sums are float32 in
+        one fixed order, so the bits do not depend on threads or instruction set. NaN and
+        infinities go through as arithmetic has it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit; positions out of range or not increasing.
+
+    Notes
+    -----
+    Cost: every used column of both matrices is read once, and each index adds ``tokens`` products.
+
+    Examples
+    --------
+    >>> import piece_ops, torch
+    >>> grad_output, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
+    >>> piece_ops.sampled_weight_grad(grad_output, x, torch.tensor([1]))  # 2 * 5 + 4 * 6
+    tensor([34.])
+    """
+    op = "sampled_weight_grad"
+    given = Arrangement(op, "indices", as_tensor(op, "indices", indices, is_written=False))
+    matrices = [
+        _as_matrix(op, argument, as_tensor(op, argument, value, is_written=False))
+        for argument, value in (("grad_output", grad_output), ("input", input))
+    ]
+    with given.naming_errors():
+        result = _ops.sampled_weight_grad(*matrices, *given.tensors)
+    return result.numpy() if isinstance(grad_output, np.ndarray) else result
+
+
+def _as_matrix(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """View [..., features] as [tokens, features]."""
+    if tensor.dim() == 2:
+        return tensor
+    if tensor.dim() == 0:
+        raise ValueError(f"piece_ops.{op}: {argument} must have features in rows, got a scalar")
+    try:
+        return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"piece_ops.{op}: {argument} must be a view of [tokens, features], got shape "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}; call .contiguous() first if "
+            "a copy is meant"
+        ) from None

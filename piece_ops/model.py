@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piece_ops._inject import Target, inject, is_injected, owners_of, restore
+from piece_ops._taps import place_taps
 from piece_ops.delta.record import Delta
 from piece_ops.delta.trained import delta_of
 from piece_ops.functional import gather, scatter_
@@ -54,10 +55,14 @@ class PieceModel(nn.Module):
 
     Notes
     -----
-    Memory: 4 bytes of master value, 8 of position and 4 of gradient per selected coordinate, and
-    the weight's own 2 or 4 of base value, for `delta`, on the CPU. The
-    backward pass still computes dense gradients of the weights that have selected coordinates, one
-    at a time; each is read at the positions and freed.
+    Memory per selected coordinate: 4 bytes of master value, 8 of position, 4 of gradient; 8 more
+    where backward keeps some columns of a layer's input instead of the input; and, on the CPU for
+    `delta`, the weight's own 2 or 4 of base value.
+
+    Linear layers (``nn.Linear``, transformers' ``Conv1D``) and embeddings compute the selected
+    entries of their gradients alone; second derivatives raise. Any other weight, that of a subclass
+    with a forward of its own, and one that other code reads as an attribute, gets a dense gradient,
+    one at a time, which is read at the positions and freed.
 
     A bfloat16 weight moves when its rounded master moves: small steps add up in the master.
 
@@ -308,6 +313,7 @@ class PieceModel(nn.Module):
         for target in self._targets:
             target.indices = target.indices.to(target.weight.device)
             target.synced_version = -1  # the weights have been rounded anew
+        place_taps(self._targets)
         return self
 
 

@@ -14,6 +14,7 @@ float32 once, before use.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,32 @@ def accumulate_squares_(
             _flat(square_sums)[i].detach().add_(w * (g * g))
         if sums is not None:
             _flat(sums)[i].detach().add_(w * g)
+
+
+# ----------------------------------------------------------------- accumulate_per_sample_squares_
+
+
+def accumulate_per_sample_squares_(
+    square_sums: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    """One sample after another, in float64 throughout: ``g = scale G^T X``, ``+= g * g``, ``+= g``.
+
+    The accumulators may be float64 (then nothing is rounded to float32 on the way).
+    """
+    g, x = grad_output.detach().to(torch.float64), input.detach().to(torch.float64)
+    for n, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        gradient = g[begin:end].T @ x[begin:end]
+        if scales is not None:
+            gradient = gradient * float(scales[n])
+        if square_sums is not None:
+            square_sums.detach().add_(gradient * gradient)
+        if sums is not None:
+            sums.detach().add_(gradient)
 
 
 # ------------------------------------------------------------------------------------- select_topk
@@ -338,3 +365,10 @@ def total(tensors: Any) -> float:
     return math.fsum(
         x for t in _flat(tensors) for x in t.detach().flatten().to(torch.float64).tolist()
     )
+
+
+def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    """The entries of ``grad_output.T @ input`` at flat positions, in float64."""
+    g = grad_output.detach().flatten(0, -2).double()
+    x = input.detach().flatten(0, -2).double()
+    return (g.T @ x).flatten()[indices]

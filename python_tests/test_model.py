@@ -21,6 +21,7 @@ from piece_ops.model import PieceModel
 from piece_ops.optim import SparseAdamW
 from piece_ops.selection import Selection
 
+from helpers.exact_gradients import general_route
 from helpers.tiny_models import MODELS, batch, gpt2, llama, random_positions
 
 DATA = batch(3, 7, seed=1)
@@ -76,7 +77,10 @@ def dense_gradients(model: nn.Module, data: dict[str, Tensor]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("model_name", MODELS)
-def test_gradients_of_the_values_are_those_of_the_weights(model_name: str) -> None:
+def test_the_general_route_gathers_from_the_dense_gradients(
+    model_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general_route(monkeypatch)
     model = MODELS[model_name]()
     chosen = select(model)
     dense, loss = dense_gradients(model, DATA), model(**DATA).loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from helpers.compare import assert_all_bits_equal
 OPS = torch.ops.piece_ops
 MUTATED = {
     "accumulate_squares_": ("square_sums", "sums"),
+    "accumulate_per_sample_squares_": ("square_sums", "sums"),
     "select_topk": (),
     "sparse_adamw_": ("weights", "values", "exp_avgs", "exp_avg_sqs"),
     "gather": (),
     "scatter_": ("targets",),
     "total": (),
+    "sampled_weight_grad": (),
 }
 
 
@@ -33,6 +36,9 @@ def arguments(op: str) -> tuple[Any, ...]:
     zeros = [torch.zeros(3), torch.zeros(1)]
     if op == "accumulate_squares_":
         return [a.abs(), b.abs()], [a.to(BF16), b.clone()], [a.clone(), b.clone()], 0.5
+    if op == "accumulate_per_sample_squares_":
+        offsets, scales = torch.tensor([0, 1, 4]), torch.tensor([1.0, 0.5])
+        return torch.zeros(5, 7), a, a @ torch.ones(5, 7), offsets, torch.zeros(5, 7), scales
     if op == "select_topk":
         return [a, b.to(BF16)], [], [5], [], "plain", 0.0, 0, "raise", "auto"
     if op == "sparse_adamw_":
@@ -43,6 +49,8 @@ def arguments(op: str) -> tuple[Any, ...]:
         return [a, b], indices, None
     if op == "scatter_":
         return [a, b.to(BF16)], indices, values
+    if op == "sampled_weight_grad":
+        return a, torch.randn(4, 6, generator=g).to(BF16), torch.tensor([0, 3, 29])
     return ([a, b],)
 
 
@@ -55,13 +63,22 @@ def named(op: str, given: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(names, given, strict=False))
 
 
-def is_tensor_list(x: Any) -> bool:
-    return isinstance(x, list) and bool(x) and isinstance(x[0], Tensor)
+def tensors_of(x: Any) -> list[Tensor]:
+    """The tensors of one argument: one, a list of them, or none."""
+    parts = x if isinstance(x, (list, tuple)) else [x]
+    return [t for t in parts if isinstance(t, Tensor)]
+
+
+def each(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """An argument with its tensors changed; others as they are."""
+    if not tensors_of(x):
+        return x
+    return change(x) if isinstance(x, Tensor) else [change(t) for t in x]
 
 
 def moved(device: str, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments with their tensors on another device."""
-    return tuple([t.to(device) for t in x] if is_tensor_list(x) else x for x in given)
+    return tuple(each(lambda t: t.to(device), x) for x in given)
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:
@@ -89,6 +106,13 @@ def test_opcheck_of_every_form_of_select_topk(k: list[int], options: dict[str, A
     torch.library.opcheck(overload("select_topk"), tuple(given.values()))
 
 
+@pytest.mark.parametrize("left_out", [("square_sums",), ("sums",), ("sums", "scales")])
+def test_opcheck_without_optional_tensors(left_out: tuple[str, ...]) -> None:
+    op = "accumulate_per_sample_squares_"
+    given = {**named(op, arguments(op)), **dict.fromkeys(left_out)}
+    torch.library.opcheck(overload(op), tuple(given.values()))
+
+
 @pytest.mark.parametrize("op", ["sparse_adamw_", "gather", "scatter_"])
 def test_opcheck_of_weights_that_require_grad(op: str) -> None:
     """The dense weights of a model are leaves; writing into them must not need no_grad."""
@@ -114,8 +138,7 @@ def test_the_schema_declares_what_is_written(op: str) -> None:
 def test_version_counters_of_what_is_written(op: str) -> None:
     """Written tensors are bumped (autograd can notice), the others are not. opcheck misses this."""
     given = named(op, arguments(op))
-    lists = {name: value for name, value in given.items() if isinstance(value, (list, tuple))}
-    tensors = {name: [t for t in value if isinstance(t, Tensor)] for name, value in lists.items()}
+    tensors = {name: tensors_of(value) for name, value in given.items()}
     before = {name: [t._version for t in value] for name, value in tensors.items()}
     overload(op)(*given.values())
     for name, value in tensors.items():
@@ -154,7 +177,7 @@ def test_fake_kernels_check_like_the_real_ones(op: str) -> None:
     """A wrong dtype is refused while tracing, with the message of the real call."""
     for device in ("cpu", "meta"):
         given = list(moved(device, arguments(op)))
-        given[0] = [t.int() for t in given[0]]
+        given[0] = each(Tensor.int, given[0])
         with pytest.raises(TypeError, match=rf"piece_ops\.{op}: .*int32"):
             overload(op)(*given)
 
@@ -172,8 +195,7 @@ def test_compiles_without_a_graph_break(op: str) -> None:
     if want is not None:
         assert_all_bits_equal(as_tuple(got), as_tuple(want), op)
     for a, b in zip(traced, eager, strict=True):
-        if is_tensor_list(b):
-            assert_all_bits_equal(a, b, f"{op}: arguments")
+        assert_all_bits_equal(tensors_of(a), tensors_of(b), f"{op}: arguments")
 
 
 def test_compiles_with_the_default_backend_inside_other_code() -> None:

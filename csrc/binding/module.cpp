@@ -11,8 +11,10 @@
 #include "../cpu/isa.h"
 #include "bind.h"
 #include "piece_ops/core/check.h"
+#include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
 #include "piece_ops/ops/select_topk.h"
 #include "piece_ops/ops/sparse_adamw.h"
@@ -46,6 +48,31 @@ py::tuple accumulate_squares(const Ints& square_sums, const Ints& sums, const In
   {
     const py::gil_scoped_release unlocked;
     bad = cpu::accumulate_squares(cpu_context(threads), args);
+  }
+  return py::make_tuple(bad.tensor, bad.count);
+}
+
+// A matrix is address, features, stride and dtype; scales and accumulators may be 0.
+py::tuple accumulate_per_sample_squares(int64_t square_sums, const Ints& grad_output,
+                                        const Ints& input, int64_t offsets, int64_t samples,
+                                        int64_t sums, int64_t scales, int threads) {
+  const auto matrix = [](const Ints& x) {
+    PIECE_OPS_CHECK(x.size() == 4 && x[3] >= 0 && x[3] < kDTypeCount,
+                    "piece_ops._C: a matrix is address, features, stride and dtype");
+    return TokenMatrix{reinterpret_cast<const void*>(x[0]), x[1], x[2], static_cast<DType>(x[3])};
+  };
+  AccumulatePerSampleSquaresArgs args{};
+  args.grad_output = matrix(grad_output);
+  args.input = matrix(input);
+  args.samples = samples;
+  args.offsets = reinterpret_cast<const int64_t*>(offsets);
+  args.scales = reinterpret_cast<const float*>(scales);
+  args.square_sums = reinterpret_cast<float*>(square_sums);
+  args.sums = reinterpret_cast<float*>(sums);
+  NonFinite bad;
+  {
+    const py::gil_scoped_release unlocked;
+    bad = cpu::accumulate_per_sample_squares(cpu_context(threads), args);
   }
   return py::make_tuple(bad.tensor, bad.count);
 }
@@ -172,6 +199,16 @@ double total(const Ints& tensors, const Ints& sizes, const Ints& dtypes, int thr
   return cpu::total(cpu_context(threads), args);
 }
 
+void sampled_weight_grad(const Matrix& grad_output, const Matrix& input, int64_t tokens,
+                         int64_t indices, int64_t count, int64_t values, int threads) {
+  SampledWeightGradArgs args{make_matrix(grad_output, tokens),
+                             make_matrix(input, tokens),
+                             {reinterpret_cast<const int64_t*>(indices), count},
+                             reinterpret_cast<float*>(values)};
+  const py::gil_scoped_release unlocked;
+  cpu::sampled_weight_grad(cpu_context(threads), args);
+}
+
 // Reads the bytes once with the live instruction set: the floor of the benchmarks.
 uint64_t read_bandwidth_probe(int64_t address, int64_t n_bytes, int threads) {
   const py::gil_scoped_release unlocked;
@@ -205,10 +242,12 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("accumulate_squares", &accumulate_squares);
+  m.def("accumulate_per_sample_squares", &accumulate_per_sample_squares);
   m.def("select_topk", &select_topk);
   m.def("sparse_adamw", &sparse_adamw);
   m.def("gather", &gather);
   m.def("scatter", &scatter);
   m.def("total", &total);
+  m.def("sampled_weight_grad", &sampled_weight_grad);
   m.def("read_bandwidth_probe", &read_bandwidth_probe);
 }

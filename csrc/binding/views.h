@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "piece_ops/core/check.h"
@@ -44,6 +45,18 @@ inline std::vector<float*> make_pointers(const Ints& addresses) {
   for (size_t t = 0; t < addresses.size(); ++t)
     pointers[t] = reinterpret_cast<float*>(addresses[t]);
   return pointers;
+}
+
+// Address, elements from row to row, columns, dtype.
+using Matrix = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+inline ConstMatrix make_matrix(const Matrix& matrix, int64_t rows) {
+  const auto [address, row_stride, columns, dtype] = matrix;
+  PIECE_OPS_CHECK(dtype >= 0 && dtype < kDTypeCount, "piece_ops._C: unknown dtype ", dtype);
+  PIECE_OPS_CHECK(rows >= 0 && columns >= 0 && (address != 0 || rows * columns == 0),
+                  "piece_ops._C: null address of a matrix");
+  return {reinterpret_cast<const void*>(address), rows, columns, row_stride,
+          static_cast<DType>(dtype)};
 }
 
 }  // namespace piece_ops::binding

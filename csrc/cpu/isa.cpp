@@ -46,4 +46,13 @@ const Isa& active_isa() {
   return isa;
 }
 
+const Products* bfloat16_products() {
+#if defined(__x86_64__)
+  if (active_isa().bodies == &avx512::kBodies && __builtin_cpu_supports("avx512bf16")) {
+    return &avx512bf16::kProducts;
+  }
+#endif
+  return nullptr;
+}
+
 }  // namespace piece_ops::cpu

@@ -13,8 +13,10 @@
 #include "../cpu/isa.h"
 #include "piece_ops/core/check.h"
 #include "piece_ops/math/rounding.h"
+#include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
 #include "piece_ops/ops/select_topk.h"
 #include "piece_ops/ops/sparse_adamw.h"
@@ -199,6 +201,110 @@ void test_updates() {
   expect(thrown, "a position out of range is refused");
 }
 
+// Whole numbers, so that every order of additions gives the same sums.
+void test_per_sample_squares() {
+  std::mt19937 random(3);
+  std::uniform_int_distribution<int> digit(-3, 3);
+  const int64_t out = 109, in = 131, tokens = 700, stride = 140;
+  const int64_t offsets[] = {0, 5, 5, 610, 611, tokens};
+  const float scales[] = {1.0f, 3.0f, -2.0f, 0.5f, 1.0f};
+  std::vector<float> grad(tokens * stride), input(tokens * stride);
+  for (float& x : grad) x = static_cast<float>(digit(random));
+  for (float& x : input) x = static_cast<float>(digit(random));
+  std::vector<double> want_squares(out * in), want_sums(out * in);
+  for (int n = 0; n < 5; ++n) {
+    for (int64_t i = 0; i < out * in; ++i) {
+      double g = 0;
+      for (int64_t t = offsets[n]; t < offsets[n + 1]; ++t) {
+        g += grad[t * stride + i / in] * input[t * stride + i % in];
+      }
+      want_squares[i] += scales[n] * g * scales[n] * g;
+      want_sums[i] += scales[n] * g;
+    }
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const auto narrow = [&](const std::vector<float>& x) {
+      std::vector<uint16_t> half(x.size());
+      for (size_t i = 0; i < x.size(); ++i) {
+        half[i] = dtype == DType::kBFloat16 ? float_to_bf16(x[i]) : float_to_fp16(x[i]);
+      }
+      return half;
+    };
+    const std::vector<uint16_t> half_grad = narrow(grad), half_input = narrow(input);
+    const bool is_float = dtype == DType::kFloat32;
+    std::vector<float> squares(out * in), sums(out * in);
+    AccumulatePerSampleSquaresArgs args{};
+    args.grad_output = {is_float ? static_cast<const void*>(grad.data()) : half_grad.data(), out,
+                        stride, dtype};
+    args.input = {is_float ? static_cast<const void*>(input.data()) : half_input.data(), in, stride,
+                  dtype};
+    args.samples = 5;
+    args.offsets = offsets;
+    args.scales = scales;
+    args.square_sums = squares.data();
+    args.sums = sums.data();
+    Context context;
+    context.threads = 2;
+    const NonFinite bad = cpu::accumulate_per_sample_squares(context, args);
+    expect(bad.tensor == -1, "accumulate_per_sample_squares: all is finite");
+    for (int64_t i = 0; i < out * in; ++i) {
+      expect(squares[i] == want_squares[i] && sums[i] == want_sums[i],
+             "accumulate_per_sample_squares", i);
+    }
+  }
+}
+
+// One entry in the order that the op's header fixes.
+float sampled_entry(const ConstMatrix& g, int64_t i, const std::vector<float>& x, int64_t j,
+                    int64_t width) {
+  const uint16_t* grads = static_cast<const uint16_t*>(g.data);
+  float sum = 0.0f;
+  for (int64_t first = 0; first < g.rows; first += kSampledBlock) {
+    float lanes[kSampledLanes] = {};
+    for (int64_t t = first; t < std::min(first + kSampledBlock, g.rows); ++t) {
+      float& lane = lanes[t % kSampledLanes];
+      lane = lane + bf16_to_float(grads[t * g.row_stride + i]) * x[t * width + j];
+    }
+    for (int64_t half = kSampledLanes / 2; half > 0; half /= 2) {
+      for (int64_t l = 0; l < half; ++l) lanes[l] = lanes[l] + lanes[l + half];
+    }
+    sum = sum + lanes[0];
+  }
+  return sum;
+}
+
+void test_sampled_weight_grad() {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (const int64_t tokens : {0, 1, 31, 256, 300}) {
+    for (const int64_t out : {1, 15, 200}) {
+      for (const int64_t width : {1, 16, 37}) {
+        // The matrices are exactly as large as they must be: a read past an end is an error.
+        std::vector<uint16_t> grads(tokens ? (tokens - 1) * (out + 3) + out : 0);
+        std::vector<float> x(tokens * width);
+        for (uint16_t& g : grads) g = float_to_bf16(normal(random));
+        for (float& v : x) v = normal(random);
+        std::vector<int64_t> index;
+        for (int64_t i = 0; i < out * width; i += 1 + static_cast<int64_t>(random() % 40)) {
+          index.push_back(i);
+        }
+        std::vector<float> values(index.size(), -1.0f);
+        const ConstMatrix g{grads.data(), tokens, out, out + 3, DType::kBFloat16};
+        Context context;
+        context.threads = 1 + static_cast<int>(out % 2);
+        cpu::sampled_weight_grad(context, {g,
+                                           {x.data(), tokens, width, width, DType::kFloat32},
+                                           {index.data(), static_cast<int64_t>(index.size())},
+                                           values.data()});
+        for (size_t s = 0; s < index.size(); ++s) {
+          const float want = sampled_entry(g, index[s] / width, x, index[s] % width, width);
+          expect(values[s] == want, "sampled_weight_grad", tokens, index[s]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -211,6 +317,8 @@ int main() {
   test_select_topk();
   test_narrow_types();
   test_updates();
+  test_sampled_weight_grad();
+  test_per_sample_squares();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures ? 1 : 0;
 }

@@ -36,6 +36,35 @@ def accumulate_squares_(
     _schema.bump_versions(square_sums, sums)
 
 
+@register("accumulate_per_sample_squares_", "CPU")
+def accumulate_per_sample_squares_(
+    square_sums: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    tensors = (square_sums, grad_output, input, offsets, sums, scales)
+    _schema.check_accumulate_per_sample_squares_(*tensors)
+    offsets = offsets.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    _schema.check_offsets(offsets, grad_output.shape[0], scales)
+    matrices = [
+        [x.data_ptr(), x.shape[1], x.stride(0), _schema.DTYPE_CODES[x.dtype]]
+        for x in (grad_output, input)
+    ]
+    tensor, count = extension().accumulate_per_sample_squares(
+        *(0 if square_sums is None else square_sums.data_ptr(), *matrices),
+        offsets.data_ptr(),
+        offsets.numel() - 1,
+        *(0 if x is None else x.data_ptr() for x in (sums, scales)),
+        torch.get_num_threads(),
+    )
+    _schema.raise_for_nonfinite_factor(grad_output, input, tensor, count)
+    _schema.bump_versions([x for x in (square_sums, sums) if x is not None])
+
+
 @register("select_topk", "CPU")
 def select_topk(
     first: list[Tensor],
@@ -163,3 +192,26 @@ def total(tensors: list[Tensor]) -> Tensor:
     threads = torch.get_num_threads()
     number = extension().total(addresses(tensors), sizes(tensors), dtypes(tensors), threads)
     return torch.tensor(number, dtype=torch.float64)
+
+
+@register("sampled_weight_grad", "CPU")
+def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    _schema.check_sampled_weight_grad(grad_output, input, indices)
+    count = indices.numel()
+    values = torch.empty(count)
+    extension().sampled_weight_grad(
+        _matrix(grad_output),
+        _matrix(input),
+        grad_output.shape[0],
+        indices.data_ptr(),
+        count,
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, elements from row to row, columns, dtype."""
+    code = _schema.DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], code

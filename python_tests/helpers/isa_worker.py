@@ -144,12 +144,25 @@ def gather_scatter_total(digest: Digest) -> None:
             digest.add(tensors)
 
 
+def sampled_weight_grad(digest: Digest) -> None:
+    g = torch.Generator().manual_seed(16)
+    for dtype in (F32, BF16, F16):
+        for name in FINITE[:4]:  # the last overflows float16, and NaN has no fixed bits
+            for tokens, out, width in ((33, 20, 17), (600, 300, 50), (257, 7, 1000)):
+                grads = draw(name, tokens * out, dtype, g).view(tokens, out)
+                x = draw("normal", tokens * width, pick(g, (F32, BF16, F16)), g)
+                for share in (0.01, 0.3):
+                    indices = some_positions(out * width, share, g)
+                    digest.add(ops.sampled_weight_grad(grads, x.view(tokens, width), indices))
+
+
 GROUPS: tuple[Callable[[Digest], None], ...] = (
     select_topk,
     scores,
     accumulate_squares_,
     sparse_adamw_,
     gather_scatter_total,
+    sampled_weight_grad,
 )
 
 

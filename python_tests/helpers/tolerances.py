@@ -28,3 +28,45 @@ ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
 # total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
 # additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
 TOTAL = 2**12 * EPS64
+
+# sampled_weight_grad against float64, relative to sum_t |grad_output| |input|: one rounding of the
+# product and, on the way of a product to the result, at most 8 additions in its lane, 5 in the tree
+# and one for each block of 256 tokens (of which the tests have at most 10).
+SAMPLED_WEIGHT_GRAD = (1 + 8 + 5 + 10) * EPS32
+
+
+def sum_of_products(terms: int) -> float:
+    """Values' gradients that sum over the tokens in any order, relative to the sum of |g x|.
+
+    Each product rounds once (not at all for 16-bit inputs), and in whatever order n products are
+    added, none goes through more than n - 1 additions; one more for a weight used twice, whose
+    gradients autograd adds.
+    """
+    return (terms + 1) * EPS32
+
+
+# 50 training steps with sampled gradients against 50 with dense ones, in float32, of losses and
+# values, relative to 1 + |x|: AdamW's own roundings on both sides, and as much again for gradients
+# that differ by the order of their sums, which AdamW makes steps of lr <= 1e-2 times that.
+TRAINING_50_STEPS = 2 * (ADAMW_TORCH_100_STEPS / 2)
+# The same with bfloat16 weights, of the losses. The dense route rounds its gradients to bfloat16,
+# so masters drift apart until weights round to neighbours: losses as far apart as bfloat16 numbers.
+TRAINING_50_STEPS_BF16 = 2.0**-8
+
+
+def per_sample_sums(tokens: int, samples: int) -> float:
+    """accumulate_per_sample_squares_, relative to |start| + sum_n |scale_n| |G_n|^T |X_n|.
+
+    A sample's gradient is a sum of at most `tokens` float32 products in any order (tokens
+    roundings), times the scale (1); then one addition a sample, one into the accumulator, and 1
+    for what those errors add to each other.
+    """
+    return (tokens + samples + 3) * EPS32
+
+
+def per_sample_squares(tokens: int, samples: int) -> float:
+    """The square sums, relative to |start| + sum_n (|scale_n| |G_n|^T |X_n|)^2.
+
+    Squaring doubles the gradient's relative error and rounds once.
+    """
+    return (2 * (tokens + 1) + samples + 4) * EPS32

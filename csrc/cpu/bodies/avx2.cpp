@@ -49,6 +49,53 @@ inline void widen_fp16(const uint16_t* x, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = fp16_to_float(x[i]);
 }
 
+// 12 sums of 16 registers; 8 loads for 12 multiply-adds.
+constexpr int kProductRows = 6, kProductVectors = 2;
+
+struct FloatLanes {
+  using Vector = __m256;
+  static constexpr int kLanes = 8;
+  static Vector load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
+  static Vector broadcast(const float* x) { return _mm256_set1_ps(*x); }
+  static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+};
+// sampled_weight_grad: kWide floats in a register.
+constexpr int kWide = 8;
+using Wide = __m256;
+
+inline Wide load_wide(const float* x) { return _mm256_loadu_ps(x); }
+inline Wide load_wide(const Bf16* x) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Wide load_wide(const Fp16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline void store_wide(float* x, Wide v) { _mm256_storeu_ps(x, v); }
+
+// v[i][j] becomes v[j][i]: pairs, quadruples, then the 128-bit halves.
+inline void transpose(Wide* v) {
+  Wide pairs[kWide];
+  for (int i = 0; i < kWide; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  Wide fours[kWide];  // fours[i + c], half q: column 4 q + c of rows i .. i + 3
+  for (int i = 0; i < kWide; i += 4) {
+    for (int c = 0; c < 2; ++c) {
+      const __m256d low = _mm256_castps_pd(pairs[i + c]);
+      const __m256d high = _mm256_castps_pd(pairs[i + 2 + c]);
+      fours[i + 2 * c] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      fours[i + 2 * c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
+}
+
 }  // namespace
 }  // namespace piece_ops::cpu::avx2
 

@@ -1,10 +1,13 @@
-// bodies.inl - the inner loops, once; <isa>.cpp includes it after its three primitives
-// (not_less_mask, equal_mask, widen_fp16), with PIECE_OPS_ISA_NAMESPACE set.
+// bodies.inl - the inner loops, once; <isa>.cpp includes it after its primitives (not_less_mask,
+// equal_mask, widen_fp16; FloatLanes and the tile of products; Wide and its loads, store and
+// transpose), with PIECE_OPS_ISA_NAMESPACE set.
 //
 // Everything lives in the namespace of the instruction set or is always inlined, and no std
 // template is used: nothing here may be merged by the linker with a copy built for another one.
 // The loops are plain; with -O3 and the file's flags the compiler vectorises them, and with
 // -ffp-contract=off every instruction set gives the same bits.
+
+#include "product_tile.inl"
 
 namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE {
 namespace {
@@ -189,6 +192,199 @@ void adamw(float* __restrict values, float* __restrict exp_avgs, float* __restri
   }
 }
 
+// ---- accumulate_per_sample_squares -------------------------------------------------------------
+
+// One word a token: float32, to which 16-bit types are widened.
+template <int kPanel>
+void pack_float(DType dtype, const void* x, int64_t stride, int64_t tokens, int64_t width,
+                uint32_t* out, int64_t panel_words) {
+  constexpr int64_t kChunk = kBlock / kPanel * kPanel;
+  float wide[kChunk];
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  const char* bytes = static_cast<const char*>(x);
+  for (int64_t t = 0; t < tokens; ++t, bytes += stride * size) {
+    for (int64_t begin = 0; begin < width; begin += kChunk) {
+      const int64_t n = width - begin < kChunk ? width - begin : kChunk;
+      const void* source = bytes + begin * size;
+      if (dtype != DType::kFloat32) to_float(dtype, source, wide, n);
+      const float* from = dtype == DType::kFloat32 ? static_cast<const float*>(source) : wide;
+      uint32_t* to = out + begin / kPanel * panel_words + t * kPanel;
+      int64_t i = 0;
+      for (; i + kPanel <= n; i += kPanel, to += panel_words) {
+        __builtin_memcpy(to, from + i, kPanel * sizeof(float));
+      }
+      if (i < n) {
+        __builtin_memset(to, 0, kPanel * sizeof(float));
+        __builtin_memcpy(to, from + i, static_cast<size_t>(n - i) * sizeof(float));
+      }
+    }
+  }
+}
+
+const Products kProducts = {
+    kProductRows,
+    kProductVectors * FloatLanes::kLanes,
+    1,
+    pack_float<kProductRows>,
+    pack_float<kProductVectors * FloatLanes::kLanes>,
+    product_tile<FloatLanes, kProductRows, kProductVectors>,
+};
+
+// ---- sampled_weight_grad -----------------------------------------------------------------------
+
+// From this many used columns among kWide on, a block of kWide x kWide is transposed in registers;
+// below, the columns are copied element by element.
+constexpr int64_t kBlockColumns = kWide / 4;
+
+// kWide consecutive columns from base on; column base + u goes to to[u].
+struct Window {
+  int64_t base;
+  float* to[kWide];
+};
+
+template <class Element>
+inline __attribute__((always_inline)) void transpose_with(const Element* x, int64_t row_stride,
+                                                          int64_t width, int64_t tokens,
+                                                          const int64_t* columns, int64_t n,
+                                                          float* panel) {
+  float sink[kSampledBlock];  // for columns of a window that nobody wants
+  Window windows[kColumnsAtOnce / kBlockColumns];
+  int32_t single[kColumnsAtOnce];
+  int64_t n_windows = 0;
+  int64_t n_single = 0;
+  for (int64_t c = 0; c < n;) {
+    const int64_t base = columns[c] + kWide <= width ? columns[c] : width - kWide;
+    int64_t end = c + 1;
+    while (end < n && columns[end] < base + kWide) ++end;
+    if (base >= 0 && end - c >= kBlockColumns) {
+      Window& window = windows[n_windows++];
+      window.base = base;
+      for (int u = 0; u < kWide; ++u) window.to[u] = sink;
+      for (; c < end; ++c) window.to[columns[c] - base] = panel + c * kPanelStride;
+    } else {
+      for (; c < end; ++c) single[n_single++] = static_cast<int32_t>(c);
+    }
+  }
+  int64_t t = 0;
+  for (; t + kWide <= tokens; t += kWide) {
+    const Element* from = x + t * row_stride;
+    for (int64_t w = 0; w < n_windows; ++w) {
+      const Window& window = windows[w];
+      Wide block[kWide];
+      for (int u = 0; u < kWide; ++u) block[u] = load_wide(from + u * row_stride + window.base);
+      transpose(block);
+      for (int u = 0; u < kWide; ++u) store_wide(window.to[u] + t, block[u]);
+    }
+    for (int64_t k = 0; k < n_single; ++k) {
+      float* to = panel + single[k] * kPanelStride + t;
+      const Element* column = from + columns[single[k]];
+      for (int u = 0; u < kWide; ++u) to[u] = widen(column[u * row_stride]);
+    }
+  }
+  const int64_t padded = (tokens + kSampledLanes - 1) / kSampledLanes * kSampledLanes;
+  if (t == padded) return;
+  for (int64_t c = 0; c < n; ++c) {
+    float* to = panel + c * kPanelStride;
+    for (int64_t r = t; r < tokens; ++r) to[r] = widen(x[r * row_stride + columns[c]]);
+    for (int64_t r = tokens; r < padded; ++r) to[r] = 0.0f;
+  }
+}
+
+void transpose_columns(DType dtype, const void* x, int64_t row_stride, int64_t width,
+                       int64_t tokens, const int64_t* columns, int64_t n, float* panel) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return transpose_with(static_cast<const float*>(x), row_stride, width, tokens, columns, n,
+                            panel);
+    case DType::kBFloat16:
+      return transpose_with(static_cast<const Bf16*>(x), row_stride, width, tokens, columns, n,
+                            panel);
+    default:
+      return transpose_with(static_cast<const Fp16*>(x), row_stride, width, tokens, columns, n,
+                            panel);
+  }
+}
+
+// lanes[p][u]: lanes p * kWide ... of the sum number u. The tree: parts first, then the kWide sums
+// are transposed, so that the steps inside a vector are kWide sums wide too.
+constexpr int kParts = static_cast<int>(kSampledLanes) / kWide;
+
+inline __attribute__((always_inline)) Wide add_lanes(Wide (*lanes)[kWide]) {
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) {
+      for (int u = 0; u < kWide; ++u) lanes[p][u] = lanes[p][u] + lanes[p + half][u];
+    }
+  }
+  Wide* sums = lanes[0];
+  transpose(sums);
+  for (int half = kWide / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) sums[l] = sums[l] + sums[l + half];
+  }
+  return sums[0];
+}
+
+void sampled_dots(const float* first, const int32_t* a, const float* second, const int32_t* b,
+                  int64_t tokens, int64_t n, float* out) {
+  for (int64_t begin = 0; begin < n; begin += kWide) {
+    Wide lanes[kParts][kWide];
+    for (int u = 0; u < kWide; ++u) {
+      const int64_t s = begin + u < n ? begin + u : n - 1;
+      const float* x = first + a[s] * kPanelStride;
+      const float* y = second + b[s] * kPanelStride;
+      Wide own[kParts] = {};
+      for (int64_t t = 0; t < tokens; t += kSampledLanes) {
+        for (int p = 0; p < kParts; ++p) {
+          own[p] = own[p] + load_wide(x + t + p * kWide) * load_wide(y + t + p * kWide);
+        }
+      }
+      for (int p = 0; p < kParts; ++p) lanes[p][u] = own[p];
+    }
+    const Wide sums = add_lanes(lanes);
+    if (begin + kWide <= n) {
+      store_wide(out + begin, load_wide(out + begin) + sums);
+    } else {
+      float rest[kWide];
+      store_wide(rest, sums);
+      for (int64_t s = begin; s < n; ++s) out[s] = out[s] + rest[s - begin];
+    }
+  }
+}
+
+// Tiles of kWide sums, as square as they can be: what one row brings serves several columns, and
+// the accumulators fit the registers.
+void dense_dots(const float* first, const float* second, int64_t tokens, int64_t n, float* out) {
+  constexpr int kRows = kWide == 16 ? 4 : 2;
+  constexpr int kColumns = kWide / kRows;
+  for (int64_t column = 0; column < n; column += kColumns) {
+    const float* y[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+      y[c] = second + (column + c < n ? column + c : n - 1) * kPanelStride;
+    }
+    for (int64_t row = 0; row < kTileRows; row += kRows) {
+      const float* x = first + row * kPanelStride;
+      Wide lanes[kParts][kWide];
+      for (int p = 0; p < kParts; ++p) {
+        Wide own[kRows][kColumns] = {};
+        for (int64_t t = p * kWide; t < tokens; t += kSampledLanes) {
+          for (int r = 0; r < kRows; ++r) {
+            const Wide xs = load_wide(x + r * kPanelStride + t);
+            for (int c = 0; c < kColumns; ++c) {
+              own[r][c] = own[r][c] + xs * load_wide(y[c] + t);
+            }
+          }
+        }
+        for (int u = 0; u < kWide; ++u) lanes[p][u] = own[u / kColumns][u % kColumns];
+      }
+      float sums[kWide];
+      store_wide(sums, add_lanes(lanes));
+      for (int u = 0; u < kWide; ++u) {
+        const int64_t c = column + u % kColumns;
+        if (c < n) out[(row + u / kColumns) * n + c] = sums[u];
+      }
+    }
+  }
+}
+
 // ---- the read floor ----------------------------------------------------------------------------
 
 uint64_t read(const void* data, int64_t n_bytes) {
@@ -207,8 +403,9 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite, accumulate_squares, to_float,    evaluate, scan_float,
-    scan_double,     keys_float,         keys_double, adamw,    read,
+    count_nonfinite, accumulate_squares, to_float,    evaluate,   scan_float,
+    scan_double,     keys_float,         keys_double, adamw,      transpose_columns,
+    sampled_dots,    dense_dots,         read,        &kProducts,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE

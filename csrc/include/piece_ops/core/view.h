@@ -19,6 +19,15 @@ struct View {
   DType dtype;
 };
 
+// Rows of consecutive elements; row r begins row_stride * r elements after data.
+struct ConstMatrix {
+  const void* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  DType dtype;
+};
+
 // Flat positions inside one tensor, strictly increasing.
 struct IndexView {
   const int64_t* data;

@@ -1,0 +1,239 @@
+// accumulate_per_sample_squares.cpp - squares of every sample's weight gradient, tile by tile.
+//
+// What       square_sums += sum_n (scale_n G_n^T X_n)^2, sums += sum_n scale_n G_n^T X_n, where
+//            the rows offsets[n] .. offsets[n + 1] - 1 of G [tokens, out] and X [tokens, in] are
+//            sample n's. A number that is not finite anywhere: nothing is added.
+// Algorithm  1. One read of G and X looks for full exponents. 2. X is packed into panels as wide
+//            as a register tile (products.h), so that a step of the inner loop reads consecutive
+//            words; 16-bit types become float32 there, or stay pairs of bfloat16 where the CPU
+//            multiplies those. 3. A task packs a block of G's columns, and goes over X's panels;
+//            for each, over the samples, and over the block's tiles. A tile's sums over a sample
+//            stay in registers, are squared there and added to a block of 18 KiB in L1; the block
+//            is added to the accumulators once all samples are through. A sample of more than
+//            kSteps words is cut, its unfinished sums kept in a second block meanwhile.
+// Traffic    2 tokens out in flops, as the ordinary weight gradient. The accumulators are read
+//            and written once: 8 (16 with sums) bytes for 2 x tokens flops. Bound: arithmetic,
+//            from some 100 tokens on.
+// Scratch    X packed, at most kScratchWords at a time (else the work is done by column blocks),
+//            and for each thread a block of G, 4 x 96 bytes a token.
+// Determinism  bitwise, any thread count: each element's additions have one order, by tokens, then
+//            by samples. AVX2 and AVX-512 fuse multiplication and addition, the portable loop
+//            does not, and pairs of bfloat16 are added as the instruction does.
+// Limits     no AMX.
+#include "piece_ops/ops/accumulate_per_sample_squares.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+#include "products.h"
+
+namespace piece_ops::cpu {
+
+namespace {
+
+constexpr int64_t kSteps = 256;     // of a segment: a panel's 48 columns of it, 48 KiB, stay in L2
+constexpr int64_t kBlockRows = 96;  // of a task: 96 x 48 sums in float32 are 18 KiB
+constexpr int64_t kScratchWords = int64_t{1} << 24;  // 64 MiB of packed X
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// Uninitialised words on a cache line's boundary.
+class Words {
+ public:
+  explicit Words(int64_t n) : store_(new uint32_t[static_cast<size_t>(n) + 16]) {}
+  uint32_t* data() const {
+    return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~63ull);
+  }
+  float* floats() const { return reinterpret_cast<float*>(data()); }
+
+ private:
+  std::unique_ptr<uint32_t[]> store_;
+};
+
+// Consecutive tokens of one sample, and where their words lie in every packed panel.
+struct Segment {
+  int64_t token, tokens;
+  int64_t step, steps;
+  bool begins, ends;  // the sample
+  float scale;
+};
+
+std::vector<Segment> make_segments(const AccumulatePerSampleSquaresArgs& args, int64_t step) {
+  std::vector<Segment> segments;
+  int64_t steps = 0;
+  for (int64_t n = 0; n < args.samples; ++n) {
+    const int64_t begin = args.offsets[n], end = args.offsets[n + 1];
+    for (int64_t token = begin; token < end; token += kSteps * step) {
+      Segment segment{};
+      segment.token = token;
+      segment.tokens = std::min(kSteps * step, end - token);
+      segment.step = steps;
+      segment.steps = ceil_div(segment.tokens, step);
+      segment.begins = token == begin;
+      segment.ends = token + segment.tokens == end;
+      segment.scale = args.scales ? args.scales[n] : 1.0f;
+      segments.push_back(segment);
+      steps += segment.steps;
+    }
+  }
+  return segments;
+}
+
+const void* element(const TokenMatrix& x, int64_t token, int64_t feature) {
+  return static_cast<const char*>(x.data) + (token * x.stride + feature) * size_of(x.dtype);
+}
+
+int64_t count_nonfinite(const Context& context, const TokenMatrix& x, int64_t tokens) {
+  const Bodies& bodies = *active_isa().bodies;
+  const int64_t at_once = std::max<int64_t>(1, kTile / std::max<int64_t>(1, x.features));
+  const int64_t n_tasks = ceil_div(tokens, at_once);
+  const bool is_dense = x.stride == x.features;
+  std::atomic<int64_t> count{0};
+  const int threads = usable_threads(context.threads, n_tasks, tokens * x.features);
+  parallel_for(threads, n_tasks, 1, [&](int, int64_t task) {
+    const int64_t begin = task * at_once, end = std::min(tokens, begin + at_once);
+    const int64_t rows = is_dense ? end - begin : 1;
+    int64_t own = 0;
+    for (int64_t t = begin; t < end; t += rows) {
+      own += bodies.count_nonfinite(x.dtype, element(x, t, 0), rows * x.features);
+    }
+    if (own) count += own;
+  });
+  return count.load();
+}
+
+// to[r][c] += from[r][c], from with `stride` floats a row.
+void add_block(float* to, int64_t to_stride, const float* from, int64_t stride, int64_t rows,
+               int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) to[r * to_stride + c] += from[r * stride + c];
+  }
+}
+
+// Columns [begin, end) of X: packed once, then every block of G's columns against them.
+class ColumnBlock {
+ public:
+  ColumnBlock(const Context& context, const AccumulatePerSampleSquaresArgs& args,
+              const Products& products, const std::vector<Segment>& segments, int64_t begin,
+              int64_t end)
+      : context_(context),
+        args_(args),
+        products_(products),
+        segments_(segments),
+        begin_(begin),
+        end_(end),
+        steps_(segments.back().step + segments.back().steps),
+        panels_(ceil_div(end - begin, products.columns)),
+        packed_(panels_ * panel_words()) {}
+
+  void run() {
+    const int64_t out = args_.grad_output.features;
+    const int64_t work = steps_ * panels_ * products_.columns;
+    parallel_for(usable_threads(context_.threads, panels_, work), panels_, 1,
+                 [&](int, int64_t panel) { pack_panel(panel); });
+    // Four tasks a thread even out their ends; few rows are shared by parts of the panels.
+    const int64_t wanted = 4 * context_.threads;
+    const int64_t rows = std::clamp(round_up(ceil_div(out, wanted), products_.rows), products_.rows,
+                                    round_up(kBlockRows, products_.rows));
+    const int64_t blocks = ceil_div(out, rows);
+    const int64_t parts = std::min(panels_, ceil_div(wanted, blocks));
+    const int threads = usable_threads(context_.threads, blocks * parts, work * out / 64);
+    parallel_for(threads, blocks * parts, 1, [&](int, int64_t task) {
+      const int64_t part = task % parts, first = task / parts * rows;
+      add_rows(first, std::min(rows, out - first), panels_ * part / parts,
+               panels_ * (part + 1) / parts);
+    });
+  }
+
+ private:
+  int64_t panel_words() const { return steps_ * products_.columns; }
+
+  void pack_panel(int64_t panel) {
+    const int64_t column = begin_ + panel * products_.columns;
+    const int64_t width = std::min(products_.columns, end_ - column);
+    uint32_t* words = packed_.data() + panel * panel_words();
+    for (const Segment& segment : segments_) {
+      products_.pack_columns(args_.input.dtype, element(args_.input, segment.token, column),
+                             args_.input.stride, segment.tokens, width,
+                             words + segment.step * products_.columns, panel_words());
+    }
+  }
+
+  // The gradient's rows [first, first + rows) at some panels.
+  void add_rows(int64_t first, int64_t rows, int64_t panel, int64_t panels_end) {
+    const int64_t tiles = ceil_div(rows, products_.rows);
+    const int64_t row_words = steps_ * products_.rows, size = products_.rows * products_.columns;
+    const Words packed(tiles * row_words);
+    for (const Segment& segment : segments_) {
+      products_.pack_rows(args_.grad_output.dtype, element(args_.grad_output, segment.token, first),
+                          args_.grad_output.stride, segment.tokens, rows,
+                          packed.data() + segment.step * products_.rows, row_words);
+    }
+    const Words blocks(3 * tiles * size);
+    float* partial = blocks.floats();
+    float* square_sums = args_.square_sums ? partial + tiles * size : nullptr;
+    float* sums = args_.sums ? partial + 2 * tiles * size : nullptr;
+    for (; panel < panels_end; ++panel) {
+      std::fill_n(partial + tiles * size, 2 * tiles * size, 0.0f);
+      const uint32_t* columns = packed_.data() + panel * panel_words();
+      for (const Segment& segment : segments_) {
+        TileOut out{segment.begins, segment.ends, partial, segment.scale, square_sums, sums};
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          products_.tile(packed.data() + tile * row_words + segment.step * products_.rows,
+                         columns + segment.step * products_.columns, segment.steps, out);
+          out.partial += size;
+          if (out.square_sums) out.square_sums += size;
+          if (out.sums) out.sums += size;
+        }
+      }
+      const int64_t column = begin_ + panel * products_.columns;
+      const int64_t width = std::min(products_.columns, end_ - column);
+      const int64_t in = args_.input.features, at = first * in + column;
+      if (sums) add_block(args_.sums + at, in, sums, products_.columns, rows, width);
+      if (square_sums) {
+        add_block(args_.square_sums + at, in, square_sums, products_.columns, rows, width);
+      }
+    }
+  }
+
+  const Context& context_;
+  const AccumulatePerSampleSquaresArgs& args_;
+  const Products& products_;
+  const std::vector<Segment>& segments_;
+  int64_t begin_, end_, steps_, panels_;
+  Words packed_;
+};
+
+}  // namespace
+
+NonFinite accumulate_per_sample_squares(const Context& context,
+                                        const AccumulatePerSampleSquaresArgs& args) {
+  const int64_t tokens = args.offsets[args.samples];
+  NonFinite bad;
+  for (const TokenMatrix* x : {&args.grad_output, &args.input}) {
+    ++bad.tensor;
+    bad.count = count_nonfinite(context, *x, tokens);
+    if (bad.count) return bad;
+  }
+  bad.tensor = -1;
+  const bool is_bfloat16 =
+      args.grad_output.dtype == DType::kBFloat16 && args.input.dtype == DType::kBFloat16;
+  const Products* pairs = is_bfloat16 ? bfloat16_products() : nullptr;
+  const Products& products = pairs ? *pairs : *active_isa().bodies->products;
+  const std::vector<Segment> segments = make_segments(args, products.step);
+  if (segments.empty() || args.grad_output.features == 0) return bad;
+  const int64_t steps = segments.back().step + segments.back().steps;
+  const int64_t panels = std::max<int64_t>(8, kScratchWords / (steps * products.columns));
+  const int64_t in = args.input.features, width = panels * products.columns;
+  for (int64_t begin = 0; begin < in; begin += width) {
+    ColumnBlock(context, args, products, segments, begin, std::min(in, begin + width)).run();
+  }
+  return bad;
+}
+
+}  // namespace piece_ops::cpu
