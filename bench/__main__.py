@@ -21,6 +21,7 @@ OPS = {
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
+    "delta": "bench_delta",
 }
 
 

@@ -28,3 +28,10 @@ ADAMW_TORCH_100_STEPS = 2 * ADAMW_100_STEPS
 # total: float64 partial sums; relative to the sum of |x|. A blocked sum of n <= 2^21 float64
 # additions errs by at most (longest chain) * eps; 2^12 is the longest chain allowed here.
 TOTAL = 2**12 * EPS64
+
+# A delta exported to SHiRA, float32 weights, relative to |value| + |value - base|: the difference
+# is rounded once by us, base + difference once by peft; the quadratic term is covered by the 1.01.
+SHIRA_WEIGHT = 1.01 * EPS32
+# The logits then, relative to the largest one: about 15 products of width 40 in a row (two layers),
+# each of whose terms has a weight that is off by two roundings and is rounded itself.
+SHIRA_LOGITS = 15 * 40 * 3 * EPS32
