@@ -121,7 +121,9 @@ class PieceModel(nn.Module):
 
     def _connect(self) -> None:
         model: Any = self.model
-        self._handles = [
+        self._handles: list[Any] = [
+            # Of both: trl's trainers give this module a forward that calls parts of the other one.
+            self.register_forward_pre_hook(self._before_forward),
             model.register_forward_pre_hook(self._before_forward),
             model.register_state_dict_pre_hook(self._before_state_dict),
         ]
