@@ -5,7 +5,7 @@
 ``positions.<name>``    int32 (int64 from 2^31 elements on) [k_t], where they lie in the weight
 ``base``                uint8 [32], SHA-256 of the weights' bits at these positions when the
                         model was wrapped, parameter by parameter in the model's order (and,
-                        before them, the digests of what earlier selections have changed)
+                        before them, the digest of what earlier selections have changed)
 ``model.<buffer>``      the wrapped model's buffers: batch norms count while they train
 ``model.<parameter>``   dense parameters that were unfrozen; a tied one under its first name
 ======================  =====================================================================
@@ -29,8 +29,8 @@ from piece_ops.delta.record import Delta
 _WHERE = "piece_ops.PieceModel.load_state_dict"
 
 
-def _base_digest(targets: list[Target], earlier: list[Delta]) -> Tensor:
-    sha = hashlib.sha256("".join(delta.digest for delta in earlier).encode())
+def _base_digest(targets: list[Target], earlier: Delta | None) -> Tensor:
+    sha = hashlib.sha256(b"" if earlier is None else earlier.digest.encode())
     for target in targets:
         sha.update(target.base_values.view(torch.uint8).numpy().data)
     return torch.tensor(list(sha.digest()), dtype=torch.uint8)
@@ -41,7 +41,7 @@ def reduce_(
     prefix: str,
     model: nn.Module,
     targets: list[Target],
-    earlier: list[Delta],
+    earlier: Delta | None,
 ) -> None:
     """Turn the state dict that modules make, in place, into the one described above."""
     for key, first, parameter in _dense(model, prefix):
@@ -59,7 +59,7 @@ def accept(
     prefix: str,
     model: nn.Module,
     targets: list[Target],
-    earlier: list[Delta],
+    earlier: Delta | None,
     missing: list[str],
 ) -> set[str]:
     """Check a state dict before anything of it is loaded; take out what is only checked.

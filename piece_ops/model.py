@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class PieceModel(nn.Module):
         self.model = model
         # transformers' Trainer reads the signature to know which columns the model takes.
         self.forward = Forward(model)  # type: ignore[method-assign]
-        self._earlier: list[Delta] = []  # what earlier selections have changed, see reselect_
+        self._earlier: Delta | None = None  # what earlier selections changed, see reselect_
         self._absent: set[str] = set()
         register: Any = self.register_load_state_dict_post_hook
         register(_after_load)
@@ -230,9 +229,9 @@ class PieceModel(nn.Module):
             task=task,
             parent=parent,
         )
-        if not self._earlier:
+        if self._earlier is None:
             return last
-        whole = reduce(Delta.then, [*self._earlier, last])
+        whole = self._earlier.then(last)
         return replace(whole, base=last.base, method=last.method, task=task, parent=last.parent)
 
     def reselect_(self, select: Callable[[nn.Module], Selection]) -> None:
@@ -264,7 +263,7 @@ class PieceModel(nn.Module):
             chosen = select(self.unload())
             targets = make_targets(self.model, chosen, "piece_ops.PieceModel.reselect_")
             selection = chosen
-            self._earlier.append(part)
+            self._earlier = part
         finally:
             for target in targets:
                 target.active = True
