@@ -17,7 +17,14 @@ from torch import Tensor, nn
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 # Tensors with one column per token that can lose right padding together with attention_mask.
-_TOKEN_WISE = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
+_TOKEN_WISE = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 
 
 class GradientStream:
