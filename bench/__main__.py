@@ -25,6 +25,7 @@ OPS = {
     "training_step": "bench_training_step",
     "call_overhead": "bench_call_overhead",
     "sampled_weight_grad": "bench_sampled_weight_grad",
+    "delta": "bench_delta",
 }
 
 

@@ -70,3 +70,11 @@ def per_sample_squares(tokens: int, samples: int) -> float:
     Squaring doubles the gradient's relative error and rounds once.
     """
     return (2 * (tokens + 1) + samples + 4) * EPS32
+
+
+# A delta exported to SHiRA, float32 weights, relative to |value| + |value - base|: the difference
+# is rounded once by us, base + difference once by peft; the quadratic term is covered by the 1.01.
+SHIRA_WEIGHT = 1.01 * EPS32
+# The logits then, relative to the largest one: about 15 products of width 40 in a row (two layers),
+# each of whose terms has a weight that is off by two roundings and is rounded itself.
+SHIRA_LOGITS = 15 * 40 * 3 * EPS32
