@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         If the folder cannot be written; what was at `path` is then untouched.
     """
     final = Path(path)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = _temporary(final)
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -37,6 +38,43 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(final.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder under a temporary name, flush it to the disk, rename it to `path`.
+
+    A folder that is at `path` is removed just before.
+    """
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        sync_tree(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell a name under which something is being written; a killed process leaves it behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and itself, to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,7 +106,14 @@ def write_tensors(
 ) -> None:
     """Write `tensors` and `info` to `path` atomically; parent directories must exist."""
     header = {"format": file_format, "version": str(version), "info": json.dumps(info)}
-    write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(dict(tensors), temporary, metadata=header)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(

@@ -151,6 +151,51 @@ class SparseAdamW(torch.optim.Optimizer):
                 "of a PieceModel that has been unloaded"
             )
 
+    @torch.no_grad()
+    def carry_over(self, previous: SparseAdamW) -> None:
+        """Go on from the optimizer of an earlier selection of the same model.
+
+        Call it once, after the earlier `PieceModel` was unloaded and the model wrapped with another
+        selection, before the first step. For every weight that both selections touch, coordinates
+        in both keep their float32 value and their moments; coordinates that are new start from the
+        weight, with moments of zero. The step count is one per weight and goes on, so the first
+        update of a new coordinate is up to (1 - beta1) / sqrt(1 - beta2) times lr (3.2 with the
+        defaults) instead of lr. Weights that only this selection touches start at step 0. What has
+        left the selection stays in the weight as trained; its moments are gone.
+
+        Parameters
+        ----------
+        previous : SparseAdamW
+
+        Examples
+        --------
+        >>> import torch, piece_ops
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> first = piece_ops.PieceModel(layer, piece_ops.estimate(layer, method="random", k=3))
+        >>> optimizer = piece_ops.SparseAdamW(first.parameters(), lr=1e-3)
+        >>> layer = first.unload()
+        >>> chosen = piece_ops.estimate(layer, method="magnitude", k=3)
+        >>> second = piece_ops.PieceModel(layer, chosen)
+        >>> refreshed = piece_ops.SparseAdamW(second.parameters(), lr=1e-3)
+        >>> refreshed.carry_over(optimizer)
+        """
+        earlier = {values.piece_target.name: values for values in _values_of(previous)}
+        for values in _values_of(self):
+            target = values.piece_target
+            old = earlier.get(target.name)
+            if old is None:
+                continue
+            before = old.piece_target.indices
+            here = torch.isin(target.indices, before, assume_unique=True)
+            there = torch.isin(before, target.indices, assume_unique=True)
+            values[here] = old[there]
+            target.mark_synced()  # the weight holds them already, rounded
+            if state := previous.state.get(old):
+                moved = {key: torch.zeros_like(values) for key in ("exp_avg", "exp_avg_sq")}
+                for key, moment in moved.items():
+                    moment[here] = state[key][there]
+                self.state[values] = {"step": state["step"], **moved}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a `state_dict`, bit for bit.
 
@@ -161,6 +206,10 @@ class SparseAdamW(torch.optim.Optimizer):
         for state in self.state.values():
             for key, value in state.items():
                 state[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _values_of(optimizer: SparseAdamW) -> list[Any]:
+    return [values for group in optimizer.param_groups for values in group["params"]]
 
 
 def _check_settings(settings: dict[str, Any], where: str) -> None:

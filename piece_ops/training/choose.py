@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,20 @@ class Chooser:
     ------
     TaskError
         If the reference is neither ``"self"`` nor NAME=FILE with rows (``.jsonl``) or text.
+
+    Attributes
+    ----------
+    reference : list of EncodedRow or None
+        The rows of the reference, when it is a file.
     """
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         self._encoder = encoder
         self._settings = settings
         self._statistics: list[Path] = []
-        self._reference: list[EncodedRow] | None = None
+        self.reference: list[EncodedRow] | None = None
         if settings.reference != "self":
-            self._reference = self._read_reference()
+            self.reference = self._read_reference()
 
     def _read_reference(self) -> list[EncodedRow]:
         settings, encoder = self._settings, self._encoder
@@ -85,12 +90,20 @@ class Chooser:
 
     def _references(self, device: Any) -> list[Any]:
         first: Any = "self"
-        if self._reference is not None:
-            first = row_batches(self._encoder, self._reference, device)
+        if self.reference is not None:
+            first = row_batches(self._encoder, self.reference, device)
         return [first, *self._statistics]
 
     def select(
-        self, model: Any, rows: Sequence[EncodedRow], name: str, place: int, show: bool = False
+        self,
+        model: Any,
+        rows: Sequence[EncodedRow],
+        name: str,
+        place: int,
+        show: bool = False,
+        *,
+        segment: int = 0,
+        exclude: Mapping[str, Tensor] | None = None,
     ) -> Selection:
         """Choose the coordinates for one task.
 
@@ -107,6 +120,10 @@ class Chooser:
             ``random``.
         show : bool
             Show a progress bar.
+        segment : int
+            Counts the selections of one task; it varies the seed, too.
+        exclude : dict of str to Tensor, optional
+            Positions that must not be chosen.
 
         Returns
         -------
@@ -117,7 +134,8 @@ class Chooser:
         sampled = sample_rows(rows, settings.importance_rows, settings.seed, name)
         extra: dict[str, Any] = {
             "embeddings": settings.embeddings,
-            "seed": 1000 * settings.seed + place,
+            "seed": 1000 * settings.seed + place + 1_000_000 * segment,
+            "exclude_positions": exclude,
         }
         if settings.method == "piece-g":
             extra["reference"] = self._references(device)
@@ -163,8 +181,12 @@ class Chooser:
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.safetensors"
         importance.save(path)
-        self._statistics.append(path)
+        self.use_statistics(path)
         return path
+
+    def use_statistics(self, path: Path) -> None:
+        """Keep away from what stored statistics say is needed, in all selections that follow."""
+        self._statistics.append(path)
 
 
 def shuffled_batches(

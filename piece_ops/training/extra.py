@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str, used_by: str) -> ModuleType:
+def require(module: str, used_by: str, install: str = "piece_ops[train]") -> ModuleType:
     """Import `module`, which the ``train`` extra brings.
 
     Parameters
@@ -15,6 +15,8 @@ def require(module: str, used_by: str) -> ModuleType:
         Name to import, for instance ``"transformers"``.
     used_by : str
         What needs it, for the error text.
+    install : str
+        What to install when it is missing.
 
     Returns
     -------
@@ -37,7 +39,7 @@ def require(module: str, used_by: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # the package is there, something that it needs is not: its own message is right
         raise ModuleNotFoundError(
-            f"{used_by} needs the Python package {module}, which is not installed: "
-            "pip install piece_ops[train]",
+            f"{used_by} needs the Python package {module.split('.')[0]}, which is not installed: "
+            f"pip install {install}",
             name=module,
         ) from error

@@ -1,4 +1,4 @@
-"""Measuring a model: exact match and answer loss on a task, perplexity on general text."""
+"""Measuring a model: written answers and answer loss on a task, perplexity on general text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from piece_ops.training.encoding import IGNORED, EncodedRow, Encoder, chunks
 from piece_ops.training.extra import require
+from piece_ops.training.metrics import METRICS, check_metric
 from piece_ops.training.tasks import Row
 
 GENERATION_SLACK = 4
@@ -26,8 +27,8 @@ class Score:
     Attributes
     ----------
     accuracy : float
-        Share of rows whose greedy answer equals the wanted one after white space at both ends is
-        removed, 0 to 1.
+        What the task's metric makes of the greedy answers, 0 to 1: by default the share of rows
+        whose answer equals the wanted one.
     loss : float
         Mean negative log likelihood of the answer and end tokens, in nats per token, over all
         tokens of all rows.
@@ -113,11 +114,12 @@ def greedy_answers(
     rows: Sequence[EncodedRow],
     batch_size: int = 32,
     show: bool = False,
+    most_tokens: int | None = None,
 ) -> list[str]:
     """Let the model write its most likely answer to every prompt.
 
-    A row may take as many tokens as the longest wanted answer of `rows` plus 4; without an end
-    token by then the answer is what stands there.
+    A row may take as many tokens as the longest wanted answer of `rows` plus 4, and no more than
+    `most_tokens`; without an end token by then the answer is what stands there.
 
     Parameters
     ----------
@@ -127,6 +129,7 @@ def greedy_answers(
     batch_size : int
     show : bool
         Show a progress bar.
+    most_tokens : int, optional
 
     Returns
     -------
@@ -135,6 +138,7 @@ def greedy_answers(
     """
     order = _by_length(rows)
     most = max(len(row.answer) for row in rows) + GENERATION_SLACK
+    most = most if most_tokens is None else min(most, most_tokens)
     stops = sorted({encoder.end_id, int(encoder.tokenizer.eos_token_id)})
     answers = [""] * len(rows)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -163,7 +167,14 @@ def greedy_answers(
 
 
 def evaluate(
-    model: Any, encoder: Encoder, rows: Sequence[Row], batch_size: int = 16, show: bool = False
+    model: Any,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    batch_size: int = 16,
+    show: bool = False,
+    *,
+    metric: str = "exact",
+    most_tokens: int | None = None,
 ) -> Score:
     """Measure a model on rows of a task.
 
@@ -178,6 +189,10 @@ def evaluate(
         Rows in one forward pass; generation takes twice as many.
     show : bool
         Show progress bars.
+    metric : str
+        One of `METRICS`.
+    most_tokens : int, optional
+        Longest answer; by default what the metric needs.
 
     Returns
     -------
@@ -186,7 +201,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        If there are no rows.
+        If there are no rows, or the metric is unknown.
 
     Examples
     --------
@@ -195,16 +210,18 @@ def evaluate(
     """
     if not rows:
         raise ValueError("piece_ops.evaluate: wanted at least one row, got none")
+    check_metric(metric, "piece_ops.evaluate")
+    most_tokens = METRICS[metric].most_tokens if most_tokens is None else most_tokens
     encoded = encoder.encode_all(rows)
     was_training = model.training
     model.eval()
     try:
-        answers = greedy_answers(model, encoder, encoded, 2 * batch_size, show)
+        answers = greedy_answers(model, encoder, encoded, 2 * batch_size, show, most_tokens)
         loss = answer_loss(model, encoder, encoded, batch_size, show)
     finally:
         model.train(was_training)
-    right = sum(found == row.answer.strip() for found, row in zip(answers, rows, strict=True))
-    return Score(right / len(rows), loss, len(rows))
+    score = METRICS[metric].score(answers, [row.answer for row in rows])
+    return Score(score, loss, len(rows))
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from piece_ops._text import format_table as format_table
-from piece_ops.training.results import Results, difference
+from piece_ops.training.results import Results
+from piece_ops.training.transfer import difference
 
 
 def percent(value: float | None) -> str:
@@ -32,10 +33,14 @@ def describe_run(results: Results) -> str:
     """Say in one line what was trained how."""
     settings = results.settings
     trained = next((task.trained for task in results.tasks if task.trained is not None), None)
-    if settings.is_sparse and trained is not None:
-        what = f"{trained:,} of {results.parameters:,} parameters a task"
+    if settings.method == "full":
+        what = f"all {results.parameters:,} parameters"
+    elif trained is None:
+        what = "no task yet"
+    elif settings.method == "lora":
+        what = f"{trained:,} parameters of an adapter a task, beside {results.parameters:,}"
     else:
-        what = f"all {results.parameters:,} parameters" if not settings.is_sparse else "no task yet"
+        what = f"{trained:,} of {results.parameters:,} parameters a task"
     return f"{settings.method}, {what}, learning rate {settings.lr:g}, seed {settings.seed}"
 
 
@@ -53,7 +58,7 @@ def format_results(results: Results) -> str:
         Plain text of several lines.
     """
     reached = len(results.accuracy) - 1
-    parts = [describe_run(results), "", "learned and forgotten (right answers in %, held-out rows)"]
+    parts = [describe_run(results), "", "learned and forgotten (scores in %, held-out rows)"]
     rows = []
     for j, task in enumerate(results.tasks):
         before = results.accuracy[0][j]
@@ -61,7 +66,7 @@ def format_results(results: Results) -> str:
         final = results.accuracy[reached][j] if j < reached else None
         rows.append(
             [
-                task.name,
+                task.name if task.metric == "exact" else f"{task.name} ({task.metric})",
                 f"{task.held_out_rows}",
                 percent(before),
                 percent(learned),
@@ -84,6 +89,18 @@ def format_results(results: Results) -> str:
             row += [perplexity_text(line[j]) for line in results.general]
             row.append(nats(difference(results.general[-1][j], results.general[0][j]), sign=True))
             rows.append(row)
+        parts.append(format_table(header, rows))
+    if results.benchmarks and results.benchmarks[0]:
+        parts += ["", "general ability by lm_eval"]
+        header = [
+            "benchmark",
+            "before",
+            *(f"after {task.name}" for task in results.tasks[:reached]),
+        ]
+        rows = [
+            [name, *(f"{scores[name]:.3f}" for scores in results.benchmarks)]
+            for name in results.benchmarks[0]
+        ]
         parts.append(format_table(header, rows))
     parts += ["", time_line(results)]
     return "\n".join(parts)

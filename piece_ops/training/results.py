@@ -23,9 +23,21 @@ from piece_ops._files import write_json
 from piece_ops.training.extra import require
 from piece_ops.training.output import FORMAT, RESULTS
 from piece_ops.training.settings import Settings
+from piece_ops.training.transfer import (
+    Matrix,
+    backward_transfer,
+    curves,
+    difference,
+    forgetting,
+    forward_transfer,
+    mean,
+    overall,
+)
 
 VERSION = 1
-Matrix = list[list[float | None]]
+
+ROWS = ("accuracy", "loss", "general", "benchmarks")
+"""The matrices of `Results`; each gets one row for the base model and one after every task."""
 
 
 @dataclass
@@ -34,7 +46,7 @@ class TaskRecord:
 
     Attributes
     ----------
-    name, path, held_out_split : str
+    name, path, held_out_split, metric : str
     train_rows, held_out_rows, truncated_rows : int
         `truncated_rows` of both kinds lost the start of their prompt to `max_tokens`.
     trained : int or None
@@ -53,6 +65,7 @@ class TaskRecord:
     train_rows: int
     held_out_rows: int
     truncated_rows: int
+    metric: str = "exact"
     trained: int | None = None
     threshold: float | None = None
     losses: list[float] = field(default_factory=list)
@@ -84,10 +97,12 @@ class Results:
     texts : list of TextRecord
     accuracy, loss : list of rows
         Row i, column j: on task j after task i (row 0: the base model, all tasks); None where not
-        measured.
+        measured. `accuracy` is the score of the task's metric, 0 to 1.
     general : list of rows
         Row i, column j: mean loss in nats per token on text j after task i; its exp is the
         perplexity.
+    benchmarks : list of dict
+        After each task (first: the base model) the scores of the lm_eval tasks, by task and metric.
     base_seconds : dict
         Wall time of loading and of measuring the base model.
     peak_rss_bytes : int
@@ -106,6 +121,7 @@ class Results:
     accuracy: Matrix = field(default_factory=list)
     loss: Matrix = field(default_factory=list)
     general: Matrix = field(default_factory=list)
+    benchmarks: list[dict[str, float]] = field(default_factory=list)
     base_seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     complete: bool = False
@@ -118,24 +134,24 @@ class Results:
         -------
         dict
             ``accuracy_base``: mean over tasks of the base model; ``accuracy_learned``: mean of
-            R[i][i], each task right after its own training; ``accuracy_final``: mean of the last
-            row; ``backward_transfer``: mean over all tasks but the last of final minus R[i][i]
-            (negative: forgetting; None for one task); ``loss_*`` likewise (for losses a positive
+            R[i][i], each task right after its own training; ``accuracy_final`` (OP),
+            ``accuracy_backward_transfer`` (BWT; negative: forgetting),
+            ``accuracy_forward_transfer`` (FWT) and ``accuracy_forgetting``, after the last task, as
+            `piece_ops.training.transfer` defines them; ``loss_*`` likewise (for losses a positive
             ``loss_backward_transfer`` is forgetting); ``log_perplexity_drift``: mean over the texts
             of the last row minus row 0.
         """
         reached = len(self.accuracy) - 1
         numbers: dict[str, float | None] = {}
-        for prefix, matrix in (("accuracy", self.accuracy), ("loss", self.loss)):
-            base = [row for row in matrix[0][:reached]] if reached > 0 else []
+        for prefix, matrix, sign in (("accuracy", self.accuracy, 1), ("loss", self.loss, -1)):
+            known = reached > 0
             learned = [matrix[i + 1][i] for i in range(reached)]
-            final = matrix[reached][:reached] if reached > 0 else []
-            numbers[f"{prefix}_base"] = mean(base)
+            numbers[f"{prefix}_base"] = mean(matrix[0][:reached]) if known else None
             numbers[f"{prefix}_learned"] = mean(learned)
-            numbers[f"{prefix}_final"] = mean(final)
-            numbers[f"{prefix}_backward_transfer"] = mean(
-                [difference(f, s) for f, s in zip(final[:-1], learned[:-1], strict=True)]
-            )
+            numbers[f"{prefix}_final"] = overall(matrix, reached) if known else None
+            numbers[f"{prefix}_backward_transfer"] = backward_transfer(matrix, reached)
+            numbers[f"{prefix}_forward_transfer"] = forward_transfer(matrix, reached)
+            numbers[f"{prefix}_forgetting"] = forgetting(matrix, reached, sign)
         drift = []
         if len(self.general) > 1:
             drift = [
@@ -155,17 +171,37 @@ class Results:
             "model": self.model,
             "parameters": self.parameters,
             "settings": self.settings.as_dict(),
-            "tasks": [_finite(asdict(task)) for task in self.tasks],
+            "tasks": [finite(asdict(task)) for task in self.tasks],
             "texts": [asdict(text) for text in self.texts],
-            "accuracy": _finite(self.accuracy),
-            "loss": _finite(self.loss),
-            "general_loss": _finite(self.general),
-            "summary": _finite(self.summary()),
+            "accuracy": finite(self.accuracy),
+            "loss": finite(self.loss),
+            "general_loss": finite(self.general),
+            "benchmarks": self.benchmarks,
+            "transfer": finite(curves(self.accuracy)),
+            "summary": finite(self.summary()),
             "base_seconds": self.base_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "versions": versions(),
             "machine": machine(),
         }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Results:
+        """Make results of what `as_dict` returned, or a results file (also an older one) holds."""
+        return cls(
+            model=value["model"],
+            settings=Settings.from_dict(value["settings"]),
+            parameters=value["parameters"],
+            tasks=[TaskRecord(**task) for task in value["tasks"]],
+            texts=[TextRecord(**text) for text in value["texts"]],
+            accuracy=value["accuracy"],
+            loss=value["loss"],
+            general=value["general_loss"],
+            benchmarks=value.get("benchmarks", []),
+            base_seconds=value["base_seconds"],
+            complete=value["complete"],
+            started=value["started"],
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``results.json`` into `folder`, atomically."""
@@ -178,25 +214,14 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def difference(a: float | None, b: float | None) -> float | None:
-    """Return a - b, or None when one of them was not measured."""
-    return None if a is None or b is None else a - b
-
-
-def mean(values: list[float | None]) -> float | None:
-    """Return the mean, or None when there is nothing or something was not measured."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replace floats that JSON cannot hold by None, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return value
 
 

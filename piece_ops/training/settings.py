@@ -10,8 +10,8 @@ from piece_ops.importance import METHODS
 from piece_ops.training.encoding import FORMATS
 from piece_ops.training.models import DTYPES
 
-TRAIN_METHODS = (*METHODS, "full")
-"""The selection methods, and ``full``: every weight is trained, the baseline."""
+TRAIN_METHODS = (*METHODS, "lora", "full")
+"""The selection methods, and for comparison a LoRA adapter and every weight."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Settings:
     method : str
         One of `TRAIN_METHODS`.
     density : float
-        Share of all parameters to train, above 0, at most 1. Not used by ``full``.
+        Share of all parameters to train, above 0, at most 1. Not used by ``full`` and ``lora``.
     lr : float
         Peak learning rate, above 0.
     steps : int, optional
@@ -52,6 +52,12 @@ class Settings:
     xi : float, optional
         For ``piece-s``: the constant under the root, on the mean scale; None is 1 / importance
         rows.
+    protect : bool
+        Keep the coordinates of earlier tasks out of the selections of later ones.
+    refresh : int, optional
+        Select again after every so many steps of a task, and carry the optimizer's state over.
+    lora_rank : int
+        For ``lora``; its alpha is twice the rank.
     embeddings : bool
         Whether the input embeddings may be selected.
     prompt_format : {"auto", "chat", "plain"}
@@ -64,6 +70,12 @@ class Settings:
         Tokens of one window of general text.
     general_tokens : int
         Tokens of each general text that are used, from its start.
+    max_new_tokens : int, optional
+        Longest answer in an evaluation; None: what the task's metric needs.
+    lm_eval : tuple of str
+        Tasks of lm_eval that stand for general ability, too.
+    lm_eval_limit : int, optional
+        Rows of each of them.
     dtype : {"float32", "bfloat16"}
         Data type of the weights.
     gradient_checkpointing : bool
@@ -99,12 +111,18 @@ class Settings:
     reference_tokens: int = 64
     keep_statistics: bool = False
     xi: float | None = None
+    protect: bool = False
+    refresh: int | None = None
+    lora_rank: int = 8
     embeddings: bool = False
     prompt_format: str = "auto"
     max_tokens: int = 512
     eval_batch_size: int = 16
     window: int = 256
     general_tokens: int = 8192
+    max_new_tokens: int | None = None
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int | None = None
     dtype: str = "float32"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -127,6 +145,7 @@ class Settings:
             "accumulation",
             "importance_rows",
             "reference_rows",
+            "lora_rank",
             "eval_batch_size",
         ):
             self._check(name, getattr(self, name) >= 1, "at least 1")
@@ -137,6 +156,16 @@ class Settings:
             ("general_tokens", 2),
         ):
             self._check(name, getattr(self, name) >= least, f"at least {least}")
+        for name in ("refresh", "max_new_tokens", "lm_eval_limit"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
+        if self.lm_eval_limit is not None and not self.lm_eval:
+            raise ValueError("piece_ops.Settings: lm_eval_limit belongs to lm_eval, got no tasks")
+        if not self.is_sparse and (self.protect or self.refresh):
+            raise ValueError(
+                "piece_ops.Settings: protect and refresh belong to methods that select, got method "
+                f"{self.method}"
+            )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 "piece_ops.Settings: wanted steps or epochs, got both "
@@ -180,7 +209,7 @@ class Settings:
     @property
     def is_sparse(self) -> bool:
         """Whether only selected weights are trained."""
-        return self.method != "full"
+        return self.method in METHODS
 
     def step_count(self, rows: int) -> int:
         """Return the optimizer steps of a task: `steps`, or `epochs` (default 3) passes."""
@@ -188,6 +217,11 @@ class Settings:
             return self.steps
         return max(1, math.ceil((self.epochs or 3) * rows / (self.batch_size * self.accumulation)))
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Settings:
+        """Make settings of what `as_dict` returned, or a results file (also an older one) holds."""
+        return cls(**{**value, "lm_eval": tuple(value.get("lm_eval", ()))})
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for the results file."""
-        return asdict(self)
+        return {**asdict(self), "lm_eval": list(self.lm_eval)}

@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from piece_ops.training.metrics import check_metric
 
 HELD_OUT_SHARE = 5
 """One row in this many is held out of a single file."""
@@ -52,12 +54,15 @@ class Task:
         What it is measured on; never trained on, never empty.
     held_out_split : str
         Which rows these are: ``"test"`` or ``"eval"``.
+    metric : str
+        How answers are scored, one of `METRICS`.
     """
 
     name: str
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
     held_out_split: str
+    metric: str = "exact"
 
 
 def split_argument(argument: str, option: str) -> tuple[str, Path]:
@@ -86,15 +91,21 @@ def split_argument(argument: str, option: str) -> tuple[str, Path]:
     >>> split_argument("zones=data/zones.jsonl", "--task")
     ('zones', PosixPath('data/zones.jsonl'))
     """
-    name, equals, path = argument.partition("=")
-    if not equals or not path:
-        raise TaskError(f"{option}: wanted NAME=PATH, got {argument!r}")
+    name, path = split_pair(argument, option, "PATH")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise TaskError(
             f"{option}: a name is made of letters, digits, '.', '_' and '-', got {name!r} in "
             f"{argument!r}"
         )
     return name, Path(path).expanduser()
+
+
+def split_pair(argument: str, option: str, wanted: str = "METRIC") -> tuple[str, str]:
+    """Take ``NAME=VALUE`` apart; TaskError when one of them is missing."""
+    name, equals, value = argument.partition("=")
+    if not equals or not value:
+        raise TaskError(f"{option}: wanted NAME={wanted}, got {argument!r}")
+    return name, value
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -167,7 +178,9 @@ def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def load_task(name: str, path: Path, *, seed: int = 0, prefer: str = "test") -> Task:
+def load_task(
+    name: str, path: Path, *, seed: int = 0, prefer: str = "test", metric: str = "exact"
+) -> Task:
     """Read a task from a file or a folder; see the top of this module for the rules.
 
     Parameters
@@ -182,6 +195,8 @@ def load_task(name: str, path: Path, *, seed: int = 0, prefer: str = "test") -> 
         Which file of a folder is measured on when both are there; with one of them, that one. A
         folder with neither is split like a single file. Choose settings on ``"eval"`` and report on
         ``"test"``.
+    metric : str
+        How answers are scored, one of `METRICS`.
 
     Returns
     -------
@@ -191,6 +206,8 @@ def load_task(name: str, path: Path, *, seed: int = 0, prefer: str = "test") -> 
     ------
     TaskError
         If something is missing, empty or malformed.
+    ValueError, ModuleNotFoundError
+        For an unknown metric, or one whose package is not installed.
 
     Examples
     --------
@@ -201,6 +218,11 @@ def load_task(name: str, path: Path, *, seed: int = 0, prefer: str = "test") -> 
     >>> len(task.train), len(task.held_out)
     (1, 1)
     """
+    check_metric(metric, f"task {name}")
+    return replace(_load(name, path, seed, prefer), metric=metric)
+
+
+def _load(name: str, path: Path, seed: int, prefer: str) -> Task:
     if prefer not in ("test", "eval"):
         raise TaskError(f"task {name}: prefer must be 'test' or 'eval', got {prefer!r}")
     if not path.exists():

@@ -11,6 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from piece_ops.training import Settings
+
+COLOURS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
+"""Rows of a task that can only be learned by heart."""
+
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -36,7 +41,7 @@ def tiny_tokenizer(chat: bool = False) -> Any:
     return fast
 
 
-def tiny_model(seed: int = 0) -> Any:
+def tiny_model(seed: int = 0, dropout: float = 0.0) -> Any:
     """A Llama of two layers, about 30,000 weights, tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -50,13 +55,14 @@ def tiny_model(seed: int = 0) -> Any:
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=True,
+        attention_dropout=dropout,
     )
     return LlamaForCausalLM(config).eval()
 
 
-def save_tiny(folder: Path, chat: bool = False) -> Path:
+def save_tiny(folder: Path, chat: bool = False, seed: int = 0, dropout: float = 0.0) -> Path:
     """Write model and tokenizer as a Hugging Face folder."""
-    tiny_model().save_pretrained(folder)
+    tiny_model(seed, dropout).save_pretrained(folder)
     tiny_tokenizer(chat).save_pretrained(folder)
     return folder
 
@@ -66,3 +72,19 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
     lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def quick(**more: Any) -> Settings:
+    """Settings of a run that takes a second."""
+    base: dict[str, Any] = {
+        "method": "piece-f",
+        "density": 0.01,
+        "lr": 1e-2,
+        "steps": 3,
+        "batch_size": 4,
+        "importance_rows": 4,
+        "reference_rows": 2,
+        "reference_tokens": 6,
+        "window": 16,
+    }
+    return Settings(**{**base, **more})

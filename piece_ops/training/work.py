@@ -1,0 +1,341 @@
+"""The phases of a continual run, each of which leaves its result on the disk.
+
+Base model: measured. Every task: selected, trained, its statistics kept if asked, measured. After
+each phase the state file says so; a run that was killed goes on from there. The model itself is not
+stored between tasks: it is the base model with the deltas of the tasks so far.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piece_ops._files import write_folder
+from piece_ops.delta import Delta
+from piece_ops.delta.fingerprint import fingerprint
+from piece_ops.selection import Selection
+from piece_ops.training.benchmarks import check_lm_eval, lm_eval_scores
+from piece_ops.training.checkpoint import Keeper, read_checkpoint
+from piece_ops.training.choose import Chooser
+from piece_ops.training.data import Data
+from piece_ops.training.learner import make_learner
+from piece_ops.training.measure import evaluate, text_loss
+from piece_ops.training.models import load_model, save_model
+from piece_ops.training.output import TaskFiles
+from piece_ops.training.results import ROWS, Results
+from piece_ops.training.settings import Settings
+from piece_ops.training.state import RunState, differences, made_with
+from piece_ops.training.tasks import Task
+from piece_ops.training.train import train_task
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the wall time of the block to ``seconds[phase]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+
+
+class Work:
+    """A run: its data and model in memory, its state, and its phases.
+
+    Parameters
+    ----------
+    source : str
+        Model folder or hub id.
+    tasks : sequence of (Task, Path)
+    settings : Settings
+    texts : sequence of (name, path)
+    show : bool
+        Show progress bars.
+    say : callable
+        Gets one line at a time.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tasks: Sequence[tuple[Task, Path]],
+        settings: Settings,
+        texts: Sequence[tuple[str, Path]],
+        show: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings, self.show, self.say = settings, show, say
+        # Everything that can be wrong with the data is found here, before the model is loaded.
+        data = Data(source, tasks, settings, texts)
+        self.tasks, self.texts, self.train_rows = data.tasks, data.texts, data.train_rows
+        self.tokenizer, self.encoder = data.tokenizer, data.encoder
+        self.chooser = Chooser(self.encoder, settings)
+        if settings.lm_eval:
+            check_lm_eval()
+        seconds: dict[str, float] = {}
+        with timed(seconds, "load"):
+            self.model = load_model(source, dtype=settings.dtype)
+        results = Results(
+            model=source,
+            settings=settings,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            tasks=data.task_records,
+            texts=data.text_records,
+            base_seconds=seconds,
+        )
+        base = fingerprint(dict(self.model.named_parameters()), {}, {})
+        identity = data.identity(settings, self.chooser.reference, base)
+        self.state = RunState(identity, made_with(), results)
+        self._parent = ""  # digest of the last delta that the model holds
+
+    # ------------------------------------------------------------------------- going on, running
+
+    def resume(self, folder: Path) -> None:
+        """Take over the state of an interrupted run, and bring the model to where it was.
+
+        Raises
+        ------
+        ResumeError
+            If the run in `folder` is another one; the text names every difference.
+        ValueError
+            If one of its files is damaged.
+        """
+        state = RunState.read(folder)
+        state.check_same(self.state.identity)
+        changed = differences(state.made_with, self.state.made_with)
+        if changed:
+            self.say(
+                f"note: the run was started on another machine or with other versions "
+                f"({'; '.join(changed)}), so its last bits may differ"
+            )
+        self.state = state
+        state.results.write(folder)
+        self.say(f"going on with the run in {folder}: {self._where()}")
+        if state.results.complete:
+            return
+        for i in range(state.trained):
+            files = self._files(folder, i)
+            if self.settings.is_sparse:
+                delta = Delta.load(files.delta)
+                delta.apply_(self.model)
+                self._parent = delta.digest
+            elif self.settings.method == "lora" or i == state.trained - 1:
+                learner = make_learner(self.model, self.settings, None)
+                read_checkpoint(files.checkpoint).load_values(learner)
+                learner.finish()
+        for i in range(state.kept_statistics):
+            if self._keeps_statistics(i):
+                self.chooser.use_statistics(
+                    folder / "statistics" / f"{self.tasks[i].name}.safetensors"
+                )
+
+    def go(
+        self,
+        folder: Path,
+        save: bool,
+        checkpoint_steps: int | None,
+        checkpoint_seconds: float,
+    ) -> None:
+        """Do all phases that are not done yet; the run is then complete."""
+        state = self.state
+        if not state.results.complete:
+            self._phases(folder, checkpoint_steps, checkpoint_seconds)
+            if save:
+                with timed(state.results.base_seconds, "save"):
+                    write_folder(
+                        folder / "model", lambda made: save_model(self.model, self.tokenizer, made)
+                    )
+            state.results.complete = True
+            state.write(folder)
+        # Also of a run that was killed just here.
+        state.results.write(folder)
+        if self.settings.method == "full":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _phases(
+        self, folder: Path, checkpoint_steps: int | None, checkpoint_seconds: float
+    ) -> None:
+        state = self.state
+        state.write(folder)
+        while state.phase != "save":
+            i = state.place - 1
+            if state.phase == "select":
+                self._select(folder, i)
+            elif state.phase == "train":
+                self._train(i, Keeper(self._files(folder, i), checkpoint_steps, checkpoint_seconds))
+            elif state.phase == "statistics":
+                self._keep_statistics(folder, i)
+            else:
+                self._measure(folder)
+            was_measured = state.phase == "measure"
+            state.advance()
+            state.write(folder)
+            self._clean(folder)
+            if was_measured:
+                state.results.write(folder)
+                if i >= 0:
+                    self.say(self._line(i))
+
+    def _files(self, folder: Path, i: int) -> TaskFiles:
+        return TaskFiles(folder, f"{i + 1}-{self.tasks[i].name}")
+
+    def _where(self) -> str:
+        """Say what the next phase is."""
+        state = self.state
+        if state.phase == "save":
+            return "all tasks are done"
+        if state.place == 0:
+            return "measuring the base model"
+        doing = {"select": "selection", "train": "training", "measure": "measuring"}
+        task = f"task {state.place} of {len(self.tasks)}, {self.tasks[state.place - 1].name}"
+        return f"{task}, {doing.get(state.phase, state.phase)}"
+
+    def _clean(self, folder: Path) -> None:
+        """Remove what only a task under way needs; of all weights only the newest state is kept."""
+        if self.state.phase in ("select", "train"):
+            return
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        if self.settings.method == "full":
+            for i in range(self.state.place - 1):
+                self._files(folder, i).checkpoint.unlink(missing_ok=True)
+
+    # ----------------------------------------------------------------------------------- phases
+
+    def _select(self, folder: Path, i: int) -> None:
+        """Choose the coordinates of task `i`."""
+        if not self.settings.is_sparse:
+            return
+        record = self.state.results.tasks[i]
+        with timed(record.seconds, "select"):
+            selection = self.chooser.select(
+                self.model,
+                self.train_rows[i],
+                self.tasks[i].name,
+                i,
+                self.show,
+                exclude=self._protected(folder, i),
+            )
+            selection.save(self._files(folder, i).selection(0))
+            record.threshold = selection.threshold
+
+    def _protected(self, folder: Path, i: int) -> dict[str, Tensor] | None:
+        """Return the coordinates that earlier tasks selected, if they are to be kept."""
+        if not self.settings.protect:
+            return None
+        found: dict[str, list[Tensor]] = {}
+        for files in (self._files(folder, earlier) for earlier in range(i)):
+            segment = 0
+            while files.selection(segment).exists():
+                for name, positions in Selection.load(files.selection(segment)).indices.items():
+                    found.setdefault(name, []).append(positions)
+                segment += 1
+        return {name: torch.unique(torch.cat(parts)) for name, parts in found.items()}
+
+    def _train(self, i: int, keeper: Keeper) -> None:
+        """Train task `i` and keep what it changed."""
+        settings, task, rows = self.settings, self.tasks[i], self.train_rows[i]
+        record, files = self.state.results.tasks[i], keeper.files
+
+        def reselect(segment: int) -> Selection:
+            exclude = self._protected(files.folder, i)
+            return self.chooser.select(
+                self.model, rows, task.name, i, self.show, segment=segment, exclude=exclude
+            )
+
+        with timed(record.seconds, "train"):
+            trained = train_task(
+                self.model,
+                self.encoder,
+                rows,
+                task.name,
+                settings,
+                Selection.load(files.selection(0)) if settings.is_sparse else None,
+                self.show,
+                keeper=keeper,
+                reselect=reselect,
+                parent=self._parent,
+            )
+            if trained.delta is not None:
+                trained.delta.save(files.delta)
+                self._parent = trained.delta.digest
+        record.seconds["train"] = round(record.seconds["train"] + trained.seconds_before, 2)
+        record.trained = trained.trained
+        record.losses = [round(loss, 5) for loss in trained.losses]
+
+    def _keeps_statistics(self, i: int) -> bool:
+        return self.settings.keep_statistics and i + 1 < len(self.tasks)
+
+    def _keep_statistics(self, folder: Path, i: int) -> None:
+        """Store what task `i` needs, for the selections that follow."""
+        if not self._keeps_statistics(i):
+            return
+        with timed(self.state.results.tasks[i].seconds, "statistics"):
+            self.chooser.keep_statistics(
+                self.model, self.train_rows[i], self.tasks[i].name, folder / "statistics"
+            )
+
+    def _measure(self, folder: Path) -> None:
+        """Append one row to the matrices: all tasks so far, the next one, and all texts."""
+        state, size = self.state, self.settings.eval_batch_size
+        results, row, place = state.results, state.row, state.place
+        seconds = results.tasks[place - 1].seconds if place else results.base_seconds
+        count = min(place + 1, len(self.tasks)) if place else len(self.tasks)
+        for task in self.tasks[len(row["accuracy"]) : count]:
+            with timed(seconds, "evaluate"):
+                score = evaluate(
+                    self.model,
+                    self.encoder,
+                    task.held_out,
+                    size,
+                    self.show,
+                    metric=task.metric,
+                    most_tokens=self.settings.max_new_tokens,
+                )
+            row["accuracy"].append(score.accuracy)
+            row["loss"].append(score.loss)
+            state.write(folder)
+        for text in self.texts[len(row["general"]) :]:
+            with timed(seconds, "general"):
+                loss = text_loss(self.model, self.encoder, text, size, self.show)
+            row["general"].append(loss)
+            state.write(folder)
+        if not row["benchmarks"]:
+            with timed(seconds, "benchmarks"):
+                row["benchmarks"].append(self._benchmarks())
+        unmeasured: list[Any] = [None] * (len(self.tasks) - count)
+        results.accuracy.append(row["accuracy"] + unmeasured)
+        results.loss.append(row["loss"] + unmeasured)
+        results.general.append(row["general"])
+        results.benchmarks += row["benchmarks"]
+        state.row = {name: [] for name in ROWS}
+
+    def _benchmarks(self) -> dict[str, float]:
+        settings = self.settings
+        if not settings.lm_eval:
+            return {}
+        return lm_eval_scores(
+            self.model,
+            self.tokenizer,
+            settings.lm_eval,
+            settings.lm_eval_limit,
+            settings.eval_batch_size,
+        )
+
+    def _line(self, i: int) -> str:
+        """Say in one line what a task brought."""
+        results = self.state.results
+        before, after = results.accuracy[0][i], results.accuracy[i + 1][i]
+        record = results.tasks[i]
+        seconds = sum(record.seconds.values())
+        return (
+            f"task {i + 1} of {len(self.tasks)}, {record.name}: {100 * (before or 0):.0f} % right "
+            f"before, {100 * (after or 0):.0f} % after ({record.trained:,} parameters trained, "
+            f"{seconds:.0f} s)"
+        )

@@ -1,0 +1,263 @@
+"""A run that is killed at any moment and resumed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from piece_ops import cli
+from piece_ops.training.output import OutputError, RunFolder
+
+from helpers.killing import (
+    check_readable,
+    events,
+    outcome,
+    run_and_kill,
+    run_to_end,
+    run_until_event,
+    warm_up,
+)
+from helpers.tiny_lm import save_tiny, write_rows
+
+PAIRS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
+
+FILES = [("one", "one.jsonl"), ("two", "two.jsonl"), ("words", "words.txt")]
+
+KINDS: dict[str, list[str]] = {
+    "piece-g": ["--method", "piece-g", "--keep-statistics", "--protect", "--refresh", "3"],
+    "piece-f in bfloat16": ["--method", "piece-f", "--dtype", "bfloat16"],
+    "lora": ["--method", "lora"],
+    "full": ["--method", "full"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, two tasks and a text."""
+    folder = tmp_path_factory.mktemp("data")
+    save_tiny(folder / "model", dropout=0.1)
+    write_rows(folder / "one.jsonl", PAIRS)
+    write_rows(folder / "two.jsonl", [(prompt, answer.upper()) for prompt, answer in PAIRS])
+    (folder / "words.txt").write_text("the quick brown fox jumps over the lazy dog")
+    return folder
+
+
+def command(data: Path, out: Path, kind: str) -> list[str]:
+    options = ["train", "--model", str(data / "model"), "--out", str(out), *KINDS[kind]]
+    one, two, words = (f"{name}={data / file}" for name, file in FILES)
+    options += ["--task", one, "--task", two, "--metric", "two=letter", "--general", words]
+    options += ["--window", "16", "--density", "0.02"]
+    options += ["--steps", "8", "--batch-size", "4", "--importance-rows", "6", "--lr", "0.01"]
+    options += ["--reference-rows", "2", "--reference-tokens", "6", "--checkpoint-every", "2"]
+    return options
+
+
+def test_another_run_is_not_resumed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    start = command(data, out, "piece-f in bfloat16")
+    run_until_event(start, tmp_path / "log", 12)
+    one, two, words = (f"{n}={data / f}" for n, f in FILES)
+    other = tmp_path / "other"
+    save_tiny(other / "model", seed=1)
+    write_rows(other / "one.jsonl", PAIRS[:-1])
+    (other / "words.txt").write_text("other words")
+    before = contents(tmp_path)
+
+    def refused(*changes: tuple[str, str]) -> str:
+        arguments = [*start, "--resume"]
+        for old, new in changes:
+            arguments = [new if argument == old else argument for argument in arguments]
+        assert cli.main(arguments) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("piece-ops train: resume: the run was started with other settings")
+        assert contents(tmp_path) == before
+        return line
+
+    line = refused(("0.02", "0.03"), ("8", "9"))
+    assert "setting density was 0.02, is 0.03; setting steps was 8, is 9. Give the same" in line
+    assert "task content one was" in refused((one, f"one={other / 'one.jsonl'}"))
+    assert 'task names was "one, two", is "two, one"' in refused(
+        (one, "swap"), (two, one), ("swap", two)
+    )
+    assert "general text content words was" in refused((words, f"words={other / 'words.txt'}"))
+    assert "base model was" in refused((str(data / "model"), str(other / "model")))
+
+
+def test_a_run_that_works_or_is_complete(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(data, out, "lora")
+    with RunFolder(out) as folder:
+        assert cli.main([*arguments, "--resume"]) == 2
+        assert f"process {os.getpid()} is at work on" in capsys.readouterr().err
+        folder.work.joinpath("state.json").write_text('{"format": "piece_ops.run_state"}')
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "state.json is damaged" in capsys.readouterr().err
+    assert cli.main(arguments) == 2
+    assert "--resume goes on with it, --overwrite drops it" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--overwrite"]) == 2
+    assert "wanted --resume or --overwrite, got both" in capsys.readouterr().err
+    shutil.rmtree(folder.work)
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "there is no run in" in capsys.readouterr().out
+    before = contents(tmp_path)
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "is complete; there is nothing to do" in capsys.readouterr().out
+    assert cli.main([*arguments, "--resume", "--seed", "5"]) == 2
+    assert "setting seed was 0, is 5" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_another_process_completes_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with RunFolder(out) as folder:
+        (folder.work / "state.json").write_text('{"format": "piece_ops.run_state"}')
+        late = RunFolder(out, resume=True)
+        with pytest.raises(OutputError, match=r"that process \d+ is at work on"), late:
+            pass
+        folder.finish()
+    with pytest.raises(OutputError, match="another process has just completed it"), late:
+        pass
+    assert RunFolder(out, resume=True).is_complete
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_was_half_dropped_is_started_anew(data: Path, tmp_path: Path) -> None:
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "out"
+    run_to_end(command(data, whole, "lora"), log)
+    run_until_event([*command(data, out, "lora"), "--seed", "3"], log, 60)
+    work = tmp_path / "out.unfinished"
+    assert list((work / "checkpoints").iterdir())
+    (work / "state.json").unlink()  # what --overwrite removes first
+    run_to_end([*command(data, out, "lora"), "--resume"], log)
+    assert outcome(out) == outcome(whole)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = command(data, tmp_path / "out", "full")
+    with monkeypatch.context() as patch:
+        patch.setattr("piece_ops.training.work.train_task", interrupted)
+        assert cli.main(arguments) == 130
+    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "task 1 of 2, one, training" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(data, tmp_path / "out", "lora")
+    run_until_event(arguments, tmp_path / "log", 40)
+    path = tmp_path / "out.unfinished" / "checkpoints" / "1-one.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "1-one.safetensors' is not a whole safetensors file" in capsys.readouterr().err
+    path.write_bytes(whole.replace(b"values/base", b"values/Base"))
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "1-one.safetensors' is damaged" in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert cli.main([*arguments, "--resume"]) == 0
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file's bytes, the lock's aside."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "log"))
+    return {path: path.read_bytes() for path in files}
+
+
+def reached(out: Path) -> str:
+    """What the killed run was at, from its state file."""
+    state = out.with_name(out.name + ".unfinished") / "state.json"
+    if not state.exists():
+        return "done" if out.exists() else "loading"
+    value = json.loads(state.read_text())
+    return "finishing" if value["results"]["complete"] else str(value["phase"])
+
+
+def kill_often(data: Path, tmp_path: Path, kind: str, count: int, seed: int) -> Counter[str]:
+    """Kill `count` runs at moments spread over their duration, some of them twice; compare."""
+    draw = random.Random(seed)
+    whole, log = tmp_path / "whole", tmp_path / "log"
+    warm_up(log)
+    duration = run_to_end(command(data, whole, kind), log)
+    wanted, at = outcome(whole), Counter[str]()
+    for i in range(count):
+        out = tmp_path / f"killed-{i}"
+        if run_and_kill(command(data, out, kind), log, duration * (i + draw.random()) / count):
+            at[reached(out)] += 1
+        resumed = [*command(data, out, kind), "--resume"]
+        if i % 2:
+            check_readable(tmp_path)
+            if run_and_kill(resumed, log, duration * draw.random()):
+                at[reached(out)] += 1
+        check_readable(tmp_path)
+        run_to_end(resumed, log)
+        assert outcome(out) == wanted, (kind, i)
+        assert not out.with_name(out.name + ".unfinished").exists()
+    return at
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, kind: str) -> None:
+    kill_often(data, tmp_path, kind, 1 if kind != "piece-g" else 3, seed=1)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_end_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    at: Counter[str] = Counter()
+    for i, (kind, count) in enumerate(zip(KINDS, (26, 8, 8, 8), strict=True)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        at += kill_often(data, folder, kind, count, seed=i)
+    assert at.total() >= 50
+    print(f"\n{at.total()} kills, at: {dict(at)}", file=sys.stderr)
+
+
+def kill_at_events(
+    data: Path, tmp_path: Path, kind: str, choose: Callable[[int], Iterable[int]]
+) -> None:
+    """Kill runs just before some of their flushes and renamings; they replace an earlier run."""
+    whole, log = tmp_path / "whole", tmp_path / "log"
+    run_to_end(command(data, whole, kind), log)
+    wanted, out = outcome(whole), tmp_path / "out"
+    run_to_end([*command(data, out, "piece-f in bfloat16"), "--seed", "7"], log)
+    start = [*command(data, out, kind), "--overwrite"]
+    run_to_end(start, log)
+    for event in choose(events(log)):
+        assert run_until_event(start, log, event)
+        check_readable(tmp_path)
+        run_to_end([*command(data, out, kind), "--resume"], log)
+        assert outcome(out) == wanted, (kind, event)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "log"}
+
+
+def test_a_run_killed_while_it_writes(data: Path, tmp_path: Path) -> None:
+    draw = random.Random(2)
+    kill_at_events(data, tmp_path, "piece-g", lambda count: (1, draw.randrange(2, count)))
+
+
+def test_a_run_killed_while_it_is_put_in_place(data: Path, tmp_path: Path) -> None:
+    kill_at_events(data, tmp_path, "full", lambda count: (count - 12, count - 2, count - 1, count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_before_every_write(data: Path, tmp_path: Path, kind: str) -> None:
+    kill_at_events(data, tmp_path, kind, lambda count: range(1, count + 1))
