@@ -10,7 +10,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PINS := $(VENV)/constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint $(PINS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The environment's torch may be a CPU build, and CUDA kernels for all architectures take minutes:
 # they are compiled by the tests, and in place by test-cuda. PIECE_OPS_CUDA=AUTO builds them here too.
@@ -27,10 +28,13 @@ CXX ?= g++
 .PHONY: build demo test slow bench lint format sanitize clean in-place test-cuda bench-cuda
 .DEFAULT_GOAL := test
 
-# torch first and by itself: its exact version, so that no newer build is fetched in its place.
+# torch first and by itself: its exact version, so that no newer build is fetched in its place. Its
+# CUDA builds bring the triton that they need; ours is pinned where there is none.
 $(VENV)/.base: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^triton==' constraints.txt > $(PINS)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip show --quiet triton 2>/dev/null || grep '^triton==' constraints.txt >> $(PINS)
 	$(PIP) setuptools wheel pybind11 cmake ninja
 	touch $@
 

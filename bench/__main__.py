@@ -17,10 +17,12 @@ from bench.machine import GLIBC_TUNABLES
 OPS = {
     "select_topk": "bench_select_topk",
     "accumulate_squares_": "bench_accumulate_squares",
+    "accumulate_per_sample_squares_": "bench_accumulate_per_sample_squares",
     "sparse_adamw_": "bench_sparse_adamw",
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
+    "importance": "bench_importance",
 }
 
 

@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[int, int, list[int]]] = {
     "a row": (1, 200, [30, 2]),
     "a column": (200, 1, [30, 2]),
     "several blocks": (210, 60, [5, 6]),
-    "many samples": (5, 9, [2] * 300),
+    "many samples": (5, 9, [2] * 100),
     "no tokens": (4, 6, [0, 0]),
     "no samples": (4, 6, []),
     "no features": (0, 6, [3, 2]),

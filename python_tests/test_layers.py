@@ -86,6 +86,8 @@ def python_violations(files: dict[Path, str]) -> list[str]:
         for name, line in imported(ast.parse(text), module):
             where = f"{path}:{line}: imports {name}"
             package = name.split(".")[0]
+            if package == "triton" and not module.startswith("piece_ops.backends.triton."):
+                found.append(f"{where}: only backends/triton may")
             if package in EXTRA_PACKAGES and (here is None or here[1] < TRAINING):
                 found.append(f"{where}: only training and above may")
             if package != "piece_ops":
@@ -133,6 +135,7 @@ def test_python_arrows_point_down() -> None:
         ("piece_ops/_inject.py", "from piece_ops.training import run", "upward"),
         ("piece_ops/model.py", "from .training import data", "upward"),
         ("piece_ops/functional.py", "from . import reference", "reference"),
+        ("piece_ops/backends/cuda.py", "import triton.language", "backends/triton"),
         ("piece_ops/optim.py", "import transformers", "training"),
         ("piece_ops/__init__.py", "import tqdm", "training"),
         ("piece_ops/functional.py", "from piece_ops import _C", "extension"),
@@ -151,6 +154,7 @@ def test_what_is_allowed_in_python_passes() -> None:
             "piece_ops/functional.py"
         ): "import torch\nfrom . import _schema\nfrom .backends import cpu",
         Path("piece_ops/backends/cpu.py"): "from .. import _native, _schema",
+        Path("piece_ops/backends/triton/a.py"): "import triton\nfrom piece_ops import _schema",
         Path("piece_ops/training/loop.py"): "import transformers\nfrom ..model import PieceModel",
         Path("piece_ops/training/a.py"): "from . import b\nfrom .b import c",
         Path(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from piece_ops.backends import cpu, cuda, cuda_select_topk
+from piece_ops.backends import cpu, cuda, cuda_select_topk, triton
 
-__all__ = ["cpu", "cuda", "cuda_select_topk"]
+__all__ = ["cpu", "cuda", "cuda_select_topk", "triton"]

@@ -21,15 +21,25 @@ from typing import Any
 import torch
 
 import piece_ops
+from piece_ops import reference
 from piece_ops.backends import cuda
 
 from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
-from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_same_selection
+from helpers.compare import (
+    assert_all_bits_equal,
+    assert_bits_equal,
+    assert_same_selection,
+    assert_within,
+)
 from helpers.emulated_worker import CASES, same
 from helpers.on_gpu import each, gpu_implementations
+from helpers.tolerances import per_sample_squares, per_sample_sums
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")
+CONTRACTS_OF_TRITON = ("accumulate_per_sample_squares",)
+# What their tests say of the CPU alone: its instruction sets, its bits, its modes.
+CPU_ONLY = "not instruction_sets and not same_bits and not flush_denormal"
 GPU = torch.device("cuda", 0)
 
 
@@ -197,9 +207,40 @@ def check_contract_tests() -> None:
     if missing:
         print(f"   no {' and '.join(missing)} here: left out")
         return
-    files = [f"python_tests/test_{name}.py" for name in CONTRACTS]
     command = [sys.executable, "-m", "pytest", "-p", "helpers.on_gpu", "-p", "no:cacheprovider"]
-    subprocess.run([*command, "-W", "ignore", *files], cwd=ROOT, env=search_path(), check=True)
+    for names, chosen in ((CONTRACTS, []), (CONTRACTS_OF_TRITON, ["-k", CPU_ONLY])):
+        files = [f"python_tests/test_{name}.py" for name in names]
+        whole = [*command, "-W", "ignore", *chosen, *files]
+        subprocess.run(whole, cwd=ROOT, env=search_path(), check=True)
+
+
+def check_per_sample_squares() -> None:
+    """Real tensor cores and the autotuner, at shapes with many tiles; twice the same bits."""
+    if not importlib.util.find_spec("triton"):
+        print("   no triton here: left out")
+        return
+    g = torch.Generator().manual_seed(5)
+    lengths = torch.tensor([0, 700, 1, 0, 64, 333])
+    offsets, tokens = lengths.cumsum(0), int(lengths.sum())
+    for dtype in (F32, BF16, F16):
+        grad = torch.randn(tokens, 1000, generator=g).to(dtype)
+        x = torch.randn(tokens, 776, generator=g).to(dtype)
+        there = grad.to(GPU), x.to(GPU)
+        for has_sums in (False, True):
+            size, want, want_sums = (torch.zeros(1000, 776, dtype=F64) for _ in range(3))
+            reference.accumulate_per_sample_squares_(want, grad, x, offsets, want_sums)
+            reference.accumulate_per_sample_squares_(size, grad.abs(), x.abs(), offsets)
+            results = []
+            for _ in range(2):
+                squares = torch.zeros(1000, 776, device=GPU)
+                sums = torch.zeros(1000, 776, device=GPU) if has_sums else None
+                piece_ops.accumulate_per_sample_squares_(squares, *there, offsets, sums)
+                results.append(squares.cpu())
+            assert_bits_equal(results[0], results[1])
+            assert_within(results[0], want, per_sample_squares(700, 5) * size)
+            if sums is not None:
+                bound = per_sample_sums(700, 5) * (5 * size).sqrt()  # at most, by Cauchy-Schwarz
+                assert_within(sums.cpu(), want_sums, bound)
 
 
 def check_compute_sanitizer() -> None:
@@ -231,6 +272,7 @@ CHECKS: list[Callable[[], None]] = [
     check_second_device,
     check_past_2_32,
     check_host_time_of_a_plan,
+    check_per_sample_squares,
     check_contract_tests,
     check_compute_sanitizer,
 ]

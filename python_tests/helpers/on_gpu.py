@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piece_ops.backends import triton
+
 from helpers.emulated import cuda_implementations
 
 DEVICE = "cuda"
@@ -40,11 +42,12 @@ def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
         there = each(given, moved)
         result = function(*there)
         for argument, copy in zip(given, there, strict=True):
-            if not isinstance(argument, (list, tuple)):
-                continue
-            for x, y in zip(argument, copy, strict=True):
+            pairs = (
+                (argument, copy) if isinstance(argument, (list, tuple)) else ([argument], [copy])
+            )
+            for x, y in zip(*pairs, strict=True):
                 # Written is what torch's counter says: moved() itself counted once.
-                if isinstance(x, Tensor) and y._version > 1:
+                if isinstance(x, Tensor) and y is not x and y._version > 1:
                     with torch.no_grad():
                         x.copy_(y)
         return each(result, lambda x: x.cpu())
@@ -56,11 +59,24 @@ def gpu_implementations() -> dict[str, Callable[..., Any]]:
     return {op: on_gpu(function) for op, function in cuda_implementations().items()}
 
 
+def per_sample_squares(*given: Any) -> None:
+    """The op on the GPU: offsets and scales stay where they are, on the host."""
+    squares, grad, x, offsets, *rest = given
+    sums, scales = (*rest, None, None)[:2]
+
+    def run(*there: Any) -> None:
+        triton.accumulate_per_sample_squares_(*there[:3], offsets, there[3], scales)
+
+    on_gpu(run)(squares, grad, x, sums)
+
+
 _kept: list[Any] = []
 
 
 def pytest_configure(config: Any) -> None:
     library = torch.library.Library("piece_ops", "IMPL")
-    for op, function in gpu_implementations().items():
+    implementations = gpu_implementations()
+    implementations["accumulate_per_sample_squares_"] = per_sample_squares
+    for op, function in implementations.items():
         library.impl(op, function, "CPU", allow_override=True)
     _kept.append(library)

@@ -46,3 +46,11 @@ def per_sample_squares(tokens: int, samples: int) -> float:
     Squaring doubles the gradient's relative error and rounds once.
     """
     return (2 * (tokens + 1) + samples + 4) * EPS32
+
+
+# Per-sample gradients of a model of a few layers, batched or not, against float64; relative to the
+# largest gradient element of the sample anywhere in the model. Each number comes through some tens
+# of products and sums of up to a hundred terms, forward and back: 2^8 roundings of float32. In
+# bfloat16 (unit roundoff 2^-9) activations are rounded between layers, sums inside are not: 2^4.
+PER_SAMPLE_GRADIENT = 2**8 * EPS32
+PER_SAMPLE_GRADIENT_BF16 = 2**4 * 2.0**-9

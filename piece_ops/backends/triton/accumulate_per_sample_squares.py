@@ -1,0 +1,273 @@
+"""accumulate_per_sample_squares_ on CUDA tensors: one kernel, whose epilogue squares in registers.
+
+What         square_sums += sum_n (scale_n G_n^T X_n)^2, sums += sum_n scale_n G_n^T X_n, where the
+             samples are segments of the token axis of G [T, out] and X [T, in].
+Algorithm    1. Two reductions find the largest magnitude of G and X: NaN or infinity raises before
+             anything is added; the host waits for these 8 bytes. 2. The token axis is cut into
+             steps of BLOCK_TOKENS, none of which crosses a sample's end. A program owns a tile of
+             BLOCK_OUT x BLOCK_IN and walks over all steps in one loop, so loads are pipelined
+             across samples too; tensor cores add a step's products to a float32 accumulator in
+             registers. On a sample's last step that is scaled, squared into a second one (added to
+             a third one if sums are wanted) and set to 0. 3. One read and one write of the tile.
+Why          A sample's gradient as a matrix would be written and read once more each: 8 bytes an
+             element and sample, where tensor cores need 2 L flops an element: at 4 TB/s and 700
+             Tflop/s that is L = 700 tokens' worth of time. Here it costs 2 multiply-adds.
+Traffic      G and X twice, their tiles again from L2; 8 (16) out in bytes of accumulators.
+Predicted    H200, Llama-8B, 8192 tokens in 8 samples, bfloat16; all 224 Linear layers, 7.0e9
+             weights: the products, at 600 Tflop/s, 191 ms (4096 x 4096 0.46, 14336 x 4096 1.6),
+             the epilogue 5, accumulators 56 GB in 14, the look at G and X 43 GB in 10 and some 20
+             us of waiting a layer in 5: 225 ms. An ordinary backward of these layers, at 650
+             Tflop/s, is 352 ms; with this op for the weight gradients 401: 1.14 x (target 1.15).
+             At 64 tokens a sample every step has an epilogue: the products' time 1.6 to 1.7 times.
+Scratch      24 bytes a step, kept for the next calls with the same offsets.
+Determinism  each tile has one owner and one order: the same bits for the same tiling, which the
+             autotuner chooses for a shape once in a process.
+Limits       not captured by CUDA graphs (the offsets come from the host with every call); the
+             tokens of a step lie within 2^31 elements of each other.
+
+Emulated (Triton's interpreter) and compiled for sm_80, 90, 100 and 120; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from piece_ops import _schema
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def accumulate_per_sample_squares_kernel(  # type: ignore[no-untyped-def]
+    square_sums,
+    sums,
+    grad_output,
+    input,
+    steps,  # int64 [n_steps, 3]: first token, tokens, sample if it ends here, else -1
+    scales,
+    n_steps,
+    out_features,
+    in_features,
+    grad_stride,
+    input_stride,
+    HAS_SQUARE_SUMS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    UPCAST: tl.constexpr,  # to float32: factors of two dtypes; bfloat16 when interpreted
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    # Eight rows of tiles at a time: the tiles that run together share their G and X in L2.
+    tiles_out, tiles_in = tl.cdiv(out_features, BLOCK_OUT), tl.cdiv(in_features, BLOCK_IN)
+    tile = tl.program_id(0)
+    band = tile // (8 * tiles_in)
+    band_rows = tl.minimum(tiles_out - band * 8, 8)
+    tile_out = band * 8 + (tile % (8 * tiles_in)) % band_rows
+    tile_in = (tile % (8 * tiles_in)) // band_rows
+
+    rows = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tile_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    is_row, is_column = rows < out_features, columns < in_features
+    tokens = tl.arange(0, BLOCK_TOKENS)
+    # 32-bit positions inside a step, the same for all; the step's own address is a 64-bit number.
+    grad_at = tokens[None, :] * grad_stride + rows[:, None]
+    input_at = tokens[:, None] * input_stride + columns[None, :]
+    gradient = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    squares = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    for step in range(n_steps):
+        first = tl.load(steps + 3 * step)
+        count = tl.load(steps + 3 * step + 1)
+        sample = tl.load(steps + 3 * step + 2)
+        is_token = tokens < count
+        g = tl.load(
+            grad_output + first * grad_stride + grad_at,
+            mask=is_row[:, None] & is_token[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            input + first * input_stride + input_at,
+            mask=is_token[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            g, x = g.to(tl.float32), x.to(tl.float32)
+        gradient = tl.dot(g, x, gradient, input_precision=PRECISION)
+        if sample >= 0:
+            if HAS_SCALES:
+                gradient *= tl.load(scales + sample)
+            if HAS_SQUARE_SUMS:
+                squares += gradient * gradient
+            if HAS_SUMS:
+                total += gradient
+            gradient = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+
+    flat = rows.to(tl.int64)[:, None] * in_features + columns[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    if HAS_SQUARE_SUMS:
+        at = square_sums + flat
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + squares, mask=inside)
+    if HAS_SUMS:
+        at = sums + flat
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What the autotuner chooses among; BLOCK_TOKENS is 64 for 2-byte factors, 32 for 4-byte."""
+
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    def meta(self) -> dict[str, int]:
+        return {"BLOCK_OUT": self.block_out, "BLOCK_IN": self.block_in}
+
+
+# Two accumulators of 128 x 128 are 128 registers a thread of 8 warps; three spill. The smaller ones
+# are for matrices with few tiles. Stages count the loads of the table too: 7 hold four steps in
+# shared memory, 64 (64 x 64 with float32) to 128 KiB, 5 three steps.
+TILINGS = (
+    Tiling(128, 128, 8, 7),
+    Tiling(128, 128, 8, 5),
+    Tiling(128, 64, 4, 7),
+    Tiling(64, 64, 4, 7),
+)
+TILINGS_WITH_BOTH = (Tiling(128, 64, 8, 7), Tiling(64, 128, 8, 7), Tiling(64, 64, 4, 7))
+
+
+def block_tokens(grad_output: Tensor, input: Tensor) -> int:
+    return 32 if max(grad_output.element_size(), input.element_size()) == 4 else 64
+
+
+@lru_cache(maxsize=16)
+def _steps(offsets: tuple[int, ...], block: int, device: torch.device, stream: int) -> Tensor:
+    """The kernel's table. The stream is part of the key: a copy is ordered on its own only."""
+    table = [
+        (token, min(block, end - token), n if token + block >= end else -1)
+        for n, (begin, end) in enumerate(itertools.pairwise(offsets))
+        for token in range(begin, end, block)
+    ]
+    return torch.tensor(table, dtype=torch.int64).reshape(-1, 3).to(device)
+
+
+@lru_cache(maxsize=16)
+def _scales(scales: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32).to(device)
+
+
+@lru_cache(maxsize=2)
+def _tuned(with_both: bool) -> Any:
+    """The kernel with its autotuner; what a trial run adds is taken back."""
+    configs = [
+        triton.Config(tiling.meta(), num_warps=tiling.warps, num_stages=tiling.stages)
+        for tiling in (TILINGS_WITH_BOTH if with_both else TILINGS)
+    ]
+    names = ["out_features", "in_features", "HAS_SUMS", "HAS_SQUARE_SUMS", "PRECISION"]
+    tuner = triton.autotune(configs, key=names, restore_value=["square_sums", "sums"])
+    return tuner(accumulate_per_sample_squares_kernel)
+
+
+def check_finite(grad_output: Tensor, input: Tensor) -> None:
+    """Raise for NaN and infinity. One read of both; the host waits for two numbers."""
+    factors = (grad_output, input)
+    if not all(map(Tensor.numel, factors)):
+        return
+    norm = torch.linalg.vector_norm
+    largest = torch.stack([norm(x, torch.inf, dtype=torch.float32) for x in factors])
+    for which, number in enumerate(largest.tolist()):
+        if not number < float("inf"):
+            count = int((~factors[which].isfinite()).sum())
+            _schema.raise_for_nonfinite_factor(grad_output, input, which, count)
+
+
+def launch(
+    square_sums: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Sequence[int],
+    sums: Tensor | None,
+    scales: Sequence[float] | None,
+    tiling: Tiling | None = None,
+) -> None:
+    """Run the kernel on checked arguments, with one tiling or the autotuned one.
+
+    Under TRITON_INTERPRET=1 tensors lie on the CPU and a tiling must be given.
+    """
+    out, features = grad_output.shape[1], input.shape[1]
+    device = grad_output.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    block = block_tokens(grad_output, input)
+    steps = _steps(tuple(offsets), block, device, stream)
+    if not out * features or not len(steps):
+        return
+    if max(grad_output.stride(0), input.stride(0)) * block >= 2**30:
+        raise ValueError(
+            "piece_ops.accumulate_per_sample_squares_: rows must be less than "
+            f"{2**30 // block} elements apart on CUDA, got "
+            f"strides {grad_output.stride()} and {input.stride()}"
+        )
+    factors = steps if scales is None else _scales(tuple(scales), device, stream)
+    # An accumulator that is left out is a number that nothing reads: the autotuner copies it.
+    none = torch.empty(1, dtype=torch.float32, device=device)
+    is_mixed = grad_output.dtype != input.dtype
+    is_float = torch.float32 in (grad_output.dtype, input.dtype)
+    is_ieee = is_float and torch.get_float32_matmul_precision() == "highest"
+    arguments = {
+        "square_sums": none if square_sums is None else square_sums,
+        "sums": none if sums is None else sums,
+        "grad_output": grad_output,
+        "input": input,
+        "steps": steps,
+        "scales": factors,
+        "n_steps": len(steps),
+        "out_features": out,
+        "in_features": features,
+        "grad_stride": grad_output.stride(0),
+        "input_stride": input.stride(0),
+        "HAS_SQUARE_SUMS": square_sums is not None,
+        "HAS_SUMS": sums is not None,
+        "HAS_SCALES": scales is not None,
+        "UPCAST": is_mixed or triton.knobs.runtime.interpret,
+        "PRECISION": "ieee" if is_ieee else "tf32",
+        "BLOCK_TOKENS": block,
+    }
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(out, meta["BLOCK_OUT"]) * triton.cdiv(features, meta["BLOCK_IN"]),)
+
+    if tiling is not None:
+        accumulate_per_sample_squares_kernel[grid](
+            **arguments, **tiling.meta(), num_warps=tiling.warps, num_stages=tiling.stages
+        )
+    else:
+        _tuned(square_sums is not None and sums is not None)[grid](**arguments)
+
+
+def accumulate_per_sample_squares_(
+    square_sums: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None = None,
+    scales: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """The op for CUDA tensors; see ``piece_ops.functional`` for its arguments."""
+    tensors = (square_sums, grad_output, input, offsets, sums, scales)
+    _schema.check_accumulate_per_sample_squares_(*tensors)
+    _schema.check_offsets(offsets, grad_output.shape[0], scales)
+    check_finite(grad_output, input)
+    numbers = None if scales is None else scales.tolist()
+    launch(square_sums, grad_output, input, offsets.tolist(), sums, numbers, tiling)
+    _schema.bump_versions([x for x in (square_sums, sums) if x is not None])
