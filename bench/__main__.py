@@ -26,6 +26,7 @@ OPS = {
     "call_overhead": "bench_call_overhead",
     "sampled_weight_grad": "bench_sampled_weight_grad",
     "delta": "bench_delta",
+    "importance": "bench_importance",
 }
 
 

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from piece_ops.functional import select_topk
+from piece_ops.importance.batches import is_batch
 from piece_ops.importance.candidates import find_candidates
-from piece_ops.importance.passes import LossFunction, is_batch
+from piece_ops.importance.passes import LossFunction
 from piece_ops.importance.scores import NEEDS, scores_of
-from piece_ops.importance.self_texts import self_texts
+from piece_ops.importance.self_texts import ROWS_OF_A_BATCH, self_texts
 from piece_ops.importance.sources import show_progress, sources_of
 from piece_ops.importance.statistics import WHERE, Statistics
 from piece_ops.importance.statistics_file import StatisticsFile, write_statistics
@@ -53,9 +54,12 @@ class Importance(Statistics):
         One of `METHODS`.
     loss_fn : callable, optional
         ``loss_fn(model, batch)`` returning one loss; default ``model(**batch).loss``.
-    per_sample : bool
-        True: each row of a batch is its own backward (right padding is cut off first, unless
-        `loss_fn` is given). False: one backward per batch, whose mean gradient is then one sample.
+    per_sample : bool or "loop"
+        True: each row of a batch is one sample (and each sequence packed into a row, where
+        ``position_ids`` begin again at 0; the label of its first token is ignored). One backward
+        of the whole batch gives every sample's own gradients; see Notes. "loop": one backward
+        per sample, on its row alone (right padding is cut off first, unless `loss_fn` is given).
+        False: one backward per batch, whose gradient is then that of one sample.
     include, exclude : str, compiled regular expression, or iterable of those
         Names, fnmatch patterns or regular expressions (searched) of the candidates. A pattern
         that matches no parameter is an error.
@@ -81,9 +85,22 @@ class Importance(Statistics):
 
     Notes
     -----
-    A non-finite loss raises before its sample is added (samples before it are in). A non-finite
-    gradient raises and names the parameter; gradients of that backward that came earlier have then
-    been added, so the statistics are spoiled: everything but `reset` raises from there on.
+    A sample's gradient is that of its own loss, as if its row were a batch of its own. How a
+    batch's loss is made of these is found by number on the first batch of each kind, by running
+    two of its rows together and alone: a mean over the answer tokens, as ``model(**batch).loss``
+    is (a sample with c of all C tokens enters with c / C, so its gradient is multiplied by C / c),
+    a mean over rows (by their number), or a sum (by 1). Where it is neither (a contrastive or load
+    balancing loss, dropout), the batch goes by the loop; batch norm in training mode is an error.
+
+    Parameters that no rule covers go by the loop, the others do not; `looped` tells which and why.
+    Noticed are parameters used outside their own modules or with gradient hooks, tensors without
+    one part per sample, and values changed in place. A coupling that changes a sample's gradient
+    by less than 1e-3 of it (20 % in half precision) is not noticed, nor one that the first batch
+    of its kind does not show.
+
+    A non-finite loss raises before its batch is added (with "loop": its sample). A non-finite
+    gradient raises and names sample and parameter; gradients of that backward that came earlier
+    have then been added, so the statistics are spoiled: everything but `reset` raises from there.
 
     Examples
     --------
@@ -103,7 +120,7 @@ class Importance(Statistics):
         method: str = "piece-f",
         *,
         loss_fn: LossFunction | None = None,
-        per_sample: bool = True,
+        per_sample: bool | str = True,
         include: Any = None,
         exclude: Any = None,
         embeddings: bool = False,
@@ -114,7 +131,7 @@ class Importance(Statistics):
         compat: str | None = None,
         seed: int = 0,
     ) -> None:
-        _check_settings(method, xi, compat, reference)
+        _check_settings(method, xi, compat, reference, per_sample)
         official = compat == "official"
         candidates = find_candidates(
             model,
@@ -131,7 +148,7 @@ class Importance(Statistics):
             model,
             candidates,
             method=method,
-            per_sample=per_sample and not official,
+            per_sample=False if official else per_sample,
             loss_fn=loss_fn,
         )
 
@@ -152,12 +169,12 @@ class Importance(Statistics):
                     self.model, samples=samples, tokens=tokens, seed=self._seed, where=WHERE
                 )
                 # The model's own text has the model's own loss.
-                self._run_source(show_progress(texts, "self texts", progress, samples), None)
+                batches = -(-samples // ROWS_OF_A_BATCH)
+                self._run_source(show_progress(texts, "self texts", progress, batches), None)
             elif isinstance(source, (str, os.PathLike)):
                 self.add_reference(Importance.load(source, self.model))
             else:
-                batches = show_progress(source, "reference", progress)
-                self._run_source(batches, self._loss_fn)
+                self._run_source(show_progress(source, "reference", progress), self._loss_fn)
             self._sources_run += 1
 
     def _run_source(self, batches: Iterable[Any], loss_fn: LossFunction | None) -> None:
@@ -291,7 +308,7 @@ class Importance(Statistics):
             model,
             file.candidates,
             method=settings["method"],
-            per_sample=bool(settings["per_sample"]),
+            per_sample=settings["per_sample"],
             loss_fn=loss_fn,
         )
         file.fill(self)
@@ -375,7 +392,11 @@ def _wanted_k(density: float | None, k: int | None, total: int, where: str) -> i
     return max(1, int(density * total))
 
 
-def _check_settings(method: str, xi: float | None, compat: str | None, reference: Any) -> None:
+def _check_settings(
+    method: str, xi: float | None, compat: str | None, reference: Any, per_sample: bool | str
+) -> None:
+    if per_sample not in (True, False, "loop"):
+        raise ValueError(f"{WHERE}: per_sample must be True, False or 'loop', got {per_sample!r}")
     if method not in NEEDS:
         raise ValueError(f"{WHERE}: method must be one of {', '.join(METHODS)}, got {method!r}")
     if compat not in (None, "official"):

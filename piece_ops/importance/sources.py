@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from piece_ops.importance.passes import is_batch
+from piece_ops.importance.batches import is_batch
 
 
 def sources_of(reference: Any, statistics: type, where: str) -> list[Any]:

@@ -5,14 +5,18 @@ The part of `Importance` that runs backward passes; scores and files are elsewhe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piece_ops.functional import accumulate_squares_
+from piece_ops.importance.batched import BatchedGradients
+from piece_ops.importance.batches import samples_of
 from piece_ops.importance.candidates import Candidates
-from piece_ops.importance.passes import GradientStream, LossFunction, finite_loss, split_rows
+from piece_ops.importance.passes import GradientStream, LossFunction, check_loss, loss_of
+from piece_ops.importance.rules import Target
 from piece_ops.importance.scores import NEEDS
 
 WHERE = "piece_ops.Importance"
@@ -27,7 +31,7 @@ class Statistics:
         candidates: Candidates,
         *,
         method: str,
-        per_sample: bool,
+        per_sample: bool | str,
         loss_fn: LossFunction | None,
     ) -> None:
         self.model = model
@@ -62,9 +66,18 @@ class Statistics:
         """Backward passes over the task's samples added so far."""
         return self._samples
 
+    @property
+    def looped(self) -> dict[str, str]:
+        """Parameters of the last batch that went by one backward per sample, each with the reason.
+
+        Empty when one batched backward served all, and before the first batch of several samples.
+        """
+        return {} if self._batched is None else dict(self._batched.looped)
+
     def reset(self) -> None:
         """Forget all statistics, of the task and of the reference (its sources run once only)."""
         self._samples = 0
+        self._batched: BatchedGradients | None = None  # made by the first batch of several samples
         self._sums: dict[str, Tensor] = {}
         self._square_sums: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}  # square sums of the source that is running
@@ -149,44 +162,89 @@ class Statistics:
     def _add(
         self, batch: Any, where: str, loss_fn: LossFunction | None, to_reference: bool = False
     ) -> None:
-        """One backward per row (or batch) into the task's sums, or into the reference's squares."""
+        """Every sample (or the batch) into the task's sums, or into the reference's squares."""
         self._check_sound(where)
-        square_sums = self._reference if to_reference else self._square_sums
-        sums = {} if to_reference else self._sums
-        rows = [batch]
-        if self._per_sample:
-            config = getattr(self.model, "config", None)
-            trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
-            rows = split_rows(batch, trim=trim, where=where)
-
-        def accumulate(name: str, grad: Tensor) -> None:
-            accumulate_squares_(
-                {name: square_sums[name]} if square_sums else None,
-                {name: grad},
-                {name: sums[name]} if sums else None,
+        squares = self._reference if to_reference else self._square_sums
+        first = self._reference_samples if to_reference else self._samples
+        to = Target(squares, {} if to_reference else self._sums, first, to_reference)
+        if not self._per_sample:
+            self._loop([batch], loss_fn, self._candidates.parameters, to, where)
+            return
+        config = getattr(self.model, "config", None)
+        trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
+        samples = samples_of(batch, trim=trim, where=where)
+        if self._per_sample == "loop" or samples.grid.count == 1:
+            self._loop(samples.alone, loss_fn, self._candidates.parameters, to, where)
+            return
+        _refuse_batch_norm(self.model, where)
+        if self._batched is None:
+            self._batched = BatchedGradients(self.model, self._candidates.parameters)
+        batched = self._batched
+        with self._spoiling(f"a pass over samples from {first} on", lambda: batched.touched):
+            arrived = batched.add(samples, loss_fn, to, where)
+        rest = {name: self._candidates.parameters[name] for name in batched.looped}
+        if len(rest) == len(self._candidates.parameters):
+            self._loop(samples.alone, loss_fn, rest, to, where)
+            return
+        with self._spoiling(f"samples from {first} on", lambda: 1):
+            if rest:
+                arrived |= self._loop(samples.alone, loss_fn, rest, to, where, is_rest=True)
+        if not arrived:
+            raise ValueError(
+                f"{where}: the loss of samples {first} to {first + samples.grid.count - 1} must "
+                f"depend on the candidate parameters, got one that reaches none of "
+                f"{len(self._candidates.parameters)}"
             )
+        self._count(to, samples.grid.count)
 
-        stream = GradientStream(self.model, self._candidates.parameters, accumulate, where)
+    def _loop(
+        self,
+        parts: list[Any],
+        loss_fn: LossFunction | None,
+        parameters: Mapping[str, nn.Parameter],
+        to: Target,
+        where: str,
+        *,
+        is_rest: bool = False,
+    ) -> bool:
+        """One backward per part, for some parameters; whether any gradient arrived.
+
+        `is_rest`: the other parameters' gradients are in already, so these need not be reached,
+        and the samples are not counted.
+        """
+        arrived = False
+        stream = GradientStream(self.model, parameters, to.add, where)
         with stream.running():
-            for row, part in enumerate(rows):
-                sample = self._reference_samples if to_reference else self._samples
-                what = f"sample {sample}"
-                if len(rows) > 1:
+            for row, part in enumerate(parts):
+                what = f"sample {to.first + row}"
+                if len(parts) > 1:
                     what += f" (row {row} of its batch)"
-                loss = finite_loss(self.model, part, loss_fn, what=what, where=where)
-                try:
-                    stream.backward(loss, what)
-                except BaseException as error:
-                    if stream.seen:
-                        self._spoiled = (
-                            f"the backward pass of {what} stopped after {len(stream.seen)} "
-                            f"parameters: {error}"
-                        )
-                    raise
-                if to_reference:
-                    self._reference_samples += 1
-                else:
-                    self._samples += 1
+                loss = loss_of(self.model, part, loss_fn, what=what, where=where)
+                check_loss(loss, part, what=what, where=where, must_depend=not is_rest)
+                if not loss.requires_grad:
+                    continue
+                with self._spoiling(f"the backward pass of {what}", lambda: len(stream.seen)):
+                    stream.backward(loss, what, must_reach=not is_rest)
+                arrived |= bool(stream.seen)
+                if not is_rest:
+                    self._count(to, 1)
+        return arrived
+
+    def _count(self, to: Target, samples: int) -> None:
+        if to.is_reference:
+            self._reference_samples += samples
+        else:
+            self._samples += samples
+
+    @contextmanager
+    def _spoiling(self, what: str, touched: Callable[[], int]) -> Iterator[None]:
+        """Remember that the statistics are incomplete if something stops after an addition."""
+        try:
+            yield
+        except BaseException as error:
+            if touched():
+                self._spoiled = f"{what} stopped after {touched()} parameters: {error}"
+            raise
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
@@ -218,3 +276,13 @@ class Statistics:
             return self._kept, 1
         both = {n: t / self._reference_samples for n, t in self._reference.items()}
         return {name: tensor.add_(self._kept[name]) for name, tensor in both.items()}, 1
+
+
+def _refuse_batch_norm(model: nn.Module, where: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"{where}: samples of one batch must not depend on each other, got batch norm in "
+                f"training mode ({name!r}); call model.eval(), or pass per_sample='loop' to "
+                "normalise every sample by itself, or per_sample=False"
+            )
