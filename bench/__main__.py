@@ -21,6 +21,7 @@ OPS = {
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
+    "sampled_weight_grad": "bench_sampled_weight_grad",
     "training_step": "bench_training_step",
 }
 
