@@ -29,7 +29,15 @@ from helpers.emulated_worker import CASES, same
 from helpers.on_gpu import each, gpu_implementations
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")
+CONTRACTS = (
+    "accumulate_squares",
+    "sparse_adamw",
+    "gather",
+    "scatter",
+    "total",
+    "select_topk",
+    "sampled_weight_grad",
+)
 GPU = torch.device("cuda", 0)
 
 
