@@ -36,7 +36,15 @@ from helpers.on_gpu import each, gpu_implementations
 from helpers.tolerances import per_sample_squares, per_sample_sums
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")
+CONTRACTS = (
+    "accumulate_squares",
+    "sparse_adamw",
+    "gather",
+    "scatter",
+    "total",
+    "select_topk",
+    "sampled_weight_grad",
+)
 CONTRACTS_OF_TRITON = ("accumulate_per_sample_squares",)
 # What their tests say of the CPU alone: its instruction sets, its bits, its modes.
 CPU_ONLY = "not instruction_sets and not same_bits and not flush_denormal"
