@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,32 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="this build has CUDA code for"):
             runtime.require(module, 1)  # type: ignore[arg-type]
     assert asked == [0, 1, 1]
+
+
+def build_requirements(**settings: str) -> list[str]:
+    """What pip is asked to bring for the build, on a PATH without nvcc."""
+    pytest.importorskip("setuptools")
+    code = "from setuptools import build_meta as b; print(b.get_requires_for_build_wheel())"
+    environment = {k: v for k, v in os.environ.items() if k != "CUDACXX"}
+    environment |= {"PATH": "/nowhere", **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    return sorted(name for name in found if name.startswith("nvidia"))
+
+
+def test_pip_is_asked_for_nvcc_only_where_there_is_none() -> None:
+    assert build_requirements(PIECE_OPS_CUDA="AUTO") == []
+    assert build_requirements(PIECE_OPS_CUDA="OFF") == []
+    assert build_requirements(PIECE_OPS_CUDA="ON", CUDACXX="/opt/cuda/bin/nvcc") == []
+    asked = build_requirements(PIECE_OPS_CUDA="ON")
+    here = ("/usr/local/cuda", sysconfig.get_path("purelib") + "/nvidia/cu13")
+    if any(Path(folder, "bin/nvcc").exists() for folder in here):
+        assert asked == []
+        return
+    assert len(asked) == 5 and all(re.fullmatch(r"nvidia-[a-z-]+==13\.0\.\d+", x) for x in asked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
