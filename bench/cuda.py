@@ -23,7 +23,7 @@ from torch import Tensor
 import piece_ops
 from bench import cuda_select_topk
 from bench.cuda_select_topk import Peer, run_row
-from piece_ops.backends import cuda
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 READ_GB_PER_S = cuda_select_topk.READ_GB_PER_S
 COPY_GB_PER_S = 4000.0
@@ -119,7 +119,7 @@ def adamw(sizes: Sequence[int], k: int) -> list[Peer]:
     indices = spread(sizes, k)
     values, m, v = ([torch.zeros(i.numel(), device="cuda") for i in indices] for _ in range(3))
     grads = [torch.randn(i.numel(), device="cuda") for i in indices]
-    plan = cuda.SparseAdamwPlan(weights, indices, values, grads, m, v)
+    plan = SparseAdamwPlan(weights, indices, values, grads, m, v)
 
     def check(_: Any) -> str | None:
         pairs = zip(weights, indices, values, strict=True)
@@ -148,7 +148,7 @@ def host_time(sizes: Sequence[int], k: int) -> list[Peer]:
     weights = [torch.zeros(n, dtype=torch.bfloat16, device="cuda") for n in sizes]
     indices = spread(sizes, k)
     lists = [[torch.zeros(i.numel(), device="cuda") for i in indices] for _ in range(4)]
-    plan = cuda.SparseAdamwPlan(weights, indices, *lists)
+    plan = SparseAdamwPlan(weights, indices, *lists)
 
     def run() -> Any:
         plan.step(1, 1e-4)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import piece_ops
-from piece_ops.backends import cuda
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
 from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_same_selection
@@ -179,7 +179,7 @@ def check_host_time_of_a_plan() -> None:
     """Not a measurement, only that nothing waits: 200 steps are queued behind a long kernel."""
     index = torch.arange(0, 1000, 3, device=GPU)
     lists = [[torch.zeros(index.numel(), device=GPU)] for _ in range(4)]
-    plan = cuda.SparseAdamwPlan([torch.zeros(1000, device=GPU)], [index], *lists)
+    plan = SparseAdamwPlan([torch.zeros(1000, device=GPU)], [index], *lists)
     plan.step(1, 1e-3)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second
