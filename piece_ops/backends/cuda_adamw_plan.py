@@ -19,8 +19,8 @@ _UNKNOWN = -1  # the version of a tensor that counts none
 class SparseAdamwPlan:
     """``sparse_adamw_`` on fixed tensors, checked and laid out once: some 10 us of host a step.
 
-    The addresses of all tensors (gradients too) must stay; it does not hold the tensors and does
-    not bump their version counters, so it is for an optimizer that owns both.
+    The addresses of all tensors must stay. It keeps them alive, but for the gradients: those the
+    caller keeps, or sees come back to the same addresses. Version counters are not bumped.
 
     Parameters
     ----------
@@ -39,6 +39,7 @@ class SparseAdamwPlan:
     ) -> None:
         lists = (weights, indices, values, grads, exp_avgs, exp_avg_sqs)
         _schema.check_sparse_adamw_(*lists, 1, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self.held = (weights, indices, values, exp_avgs, exp_avg_sqs)
         self._is_empty = not any(map(Tensor.numel, indices))
         if self._is_empty:
             return
@@ -83,7 +84,6 @@ class SparseAdamwSteps:
 
     def __init__(self) -> None:
         self._plan: SparseAdamwPlan | None = None
-        self._held: tuple[Sequence[Tensor], ...] = ()
         self._seen: list[list[Any]] = []
 
     def __call__(
@@ -112,14 +112,14 @@ class SparseAdamwSteps:
         fits = (
             self._plan is not None
             and seen == self._seen
-            and all(map(_are_the_same, held, self._held))
+            and all(map(_are_the_same, held, self._plan.held))
             and all(map(Tensor.is_contiguous, grads))
             and _UNKNOWN not in seen[len(held) + 1]
             and self._plan.is_on_current_stream
         )
         if not fits:
             self._plan = SparseAdamwPlan(weights, indices, values, grads, exp_avgs, exp_avg_sqs)
-            self._held, self._seen = held, seen
+            self._seen = seen
         assert self._plan is not None
         self._plan.step(step, lr, betas, eps, weight_decay)
         _schema.bump_versions(weights, values, exp_avgs, exp_avg_sqs)
