@@ -22,6 +22,7 @@ from torch import Tensor
 from piece_ops import _schema
 from piece_ops.backends import _cuda_runtime, cuda
 from piece_ops.backends._lists import matrix
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers.cases import BF16, DTYPES, F16, F32, F64, draw, pick, some_positions
 from helpers.compare import assert_all_bits_equal, assert_bits_equal
@@ -212,7 +213,7 @@ def test_one_launch_and_a_kept_table(emulated: Any, extension: ModuleType) -> No
         )
         counts.append(extension.launch_count() - before)
     assert counts == [3, 1, 1], counts
-    plan = cuda.SparseAdamwPlan(weights, indices, *lists)
+    plan = SparseAdamwPlan(weights, indices, *lists)
     before = extension.launch_count()
     plan.step(4, 1e-3)
     assert extension.launch_count() - before == 1

@@ -46,7 +46,8 @@ void bind_device(py::module_& m) {
     const py::gil_scoped_release unlocked;
     cuda::require_device(device);
   });
-  py::class_<Table>(m, "CudaTable")
+  // module_local: the emulation, in one process with this module, has its own.
+  py::class_<Table>(m, "CudaTable", py::module_local())
       .def_property_readonly("n_bytes", [](const Table& table) { return 8 * table.words.size(); })
       .def_readonly("count", &Table::count)
       .def_readonly("tiles", &Table::tiles)

@@ -175,57 +175,7 @@ def _make_accumulate_table(place: Place) -> Any:
     return make
 
 
-class SparseAdamwPlan:
-    """``sparse_adamw_`` on fixed tensors, checked and laid out once: some 10 us of host a step.
-
-    The addresses of all tensors (gradients too) must stay; it does not hold the tensors and does
-    not bump their version counters, so it is for an optimizer that owns both.
-
-    Parameters
-    ----------
-    weights, indices, values, grads, exp_avgs, exp_avg_sqs : list of Tensor
-        As for ``piece_ops.sparse_adamw_``, on one CUDA device.
-    """
-
-    def __init__(
-        self,
-        weights: list[Tensor],
-        indices: list[Tensor],
-        values: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-    ) -> None:
-        lists = (weights, indices, values, grads, exp_avgs, exp_avg_sqs)
-        _schema.check_sparse_adamw_(*lists, 1, 0.0, 0.0, 0.0, 0.0, 0.0)
-        self._is_empty = not any(map(Tensor.numel, indices))
-        if self._is_empty:
-            return
-        self._place = place_of("sparse_adamw_", weights[0])
-        with self._place.guard:
-            self._table = _adamw_table(self._place, *lists)
-
-    def step(
-        self,
-        step: int,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        """One update; ``step`` counts from 1. One launch on the current stream, no waiting.
-
-        If that is not the stream the plan was made on, the caller orders the two.
-        """
-        if self._is_empty:
-            return
-        with self._place.guard:
-            self._place.module.cuda_sparse_adamw(
-                *self._table.pair, step, lr, *betas, eps, weight_decay, *self._place.where
-            )
-
-
-def _adamw_table(
+def adamw_table(
     place: Place,
     weights: list[Tensor],
     indices: list[Tensor],
@@ -234,6 +184,7 @@ def _adamw_table(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
 ) -> Any:
+    """The table of these tensors, their indices checked."""
     weight_sizes = sizes(weights)
     table = table_of(
         place,
@@ -275,7 +226,7 @@ def sparse_adamw_(
     if any(map(Tensor.numel, indices)):
         place = place_of("sparse_adamw_", weights[0])
         with place.guard:
-            table = _adamw_table(place, *lists)
+            table = adamw_table(place, *lists)
             place.module.cuda_sparse_adamw(*table.pair, *numbers, *place.where)
     _schema.bump_versions(weights, values, exp_avgs, exp_avg_sqs)
 
