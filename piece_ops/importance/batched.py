@@ -7,7 +7,7 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,20 +39,22 @@ class BatchedGradients:
         self._kinds = {module: kind_of(module) for module in self._owned}
         self._plans: dict[Any, Plan] = {}
         self.looped: dict[str, str] = {}  # parameters that go by the loop, and why
-        self._run: BatchedPass | None = None
+        self.touched = 0  # parameters that the last pass has added to, also when it stopped
 
-    @property
-    def touched(self) -> int:
-        """Parameters that the last pass has added to; also when it stopped half way."""
-        return 0 if self._run is None else self._run.touched
-
-    def add(self, samples: Samples, loss_fn: LossFunction | None, to: Target, where: str) -> bool:
-        """Add a batch for all parameters but those in `looped`, which are left to the caller.
+    def add(
+        self,
+        samples: Samples,
+        loss_fn: LossFunction | None,
+        names: Collection[str],
+        to: Target,
+        where: str,
+    ) -> bool:
+        """Add a batch for some candidates, but not for those in `looped`, left to the caller.
 
         Returns whether any gradient arrived. Raises before anything is added where it can;
         otherwise `touched` says that it could not.
         """
-        self._run = None
+        self.touched = 0
         counts = answer_tokens(samples)
         key = _kind_of_batch(self._model, samples, loss_fn)
         plan = self._plans.get(key)
@@ -60,35 +62,45 @@ class BatchedGradients:
             if plan is None or not (plan.coupled or agree(plan.conventions, counts)):
                 pair = choose_pair(samples)
                 if pair is None:
-                    return self._loop_all("no two samples of the batch differ and have an answer")
+                    return self._loop_all(
+                        names, "no two samples of the batch differ and have an answer"
+                    )
                 plan = learn(
                     self._model, samples, pair, loss_fn, self._owned, first=to.first, where=where
                 )
                 self._plans[key] = plan
             if plan.coupled:
-                return self._loop_all(plan.coupled)
+                return self._loop_all(names, plan.coupled)
             shares = weights(counts).get(plan.conventions[0])
             if shares is None or not agree(plan.conventions, counts):
-                return self._loop_all("its loss fits no known convention")
+                return self._loop_all(names, "its loss fits no known convention")
             for n in [n for n, share_ in enumerate(shares) if not share_]:
                 refuse(self._model, samples, n, loss_fn, to.first, where)
-                return self._loop_all(f"sample {to.first + n} has no weight in its batch's loss")
-            self.looped = self._not_covered(plan)
-            homes = {n: h for n, h in self.homes(plan).items() if n not in self.looped}
-            self._run = BatchedPass(
+                return self._loop_all(
+                    names, f"sample {to.first + n} has no weight in its batch's loss"
+                )
+            homes = {name: homes for name, homes in self.homes(plan).items() if name in names}
+            self.looped = self._not_covered(plan, homes)
+            homes = {name: places for name, places in homes.items() if name not in self.looped}
+            if not homes:
+                return False
+            run = BatchedPass(
                 self._model, self._candidates, homes, self._kinds, plan, samples, shares, to
             )
-            if self._run.go(loss_fn, where):
-                return self._run.arrived
+            try:
+                if run.go(loss_fn, where):
+                    return run.arrived
+            finally:
+                self.touched = run.touched
 
-    def _loop_all(self, why: str) -> bool:
-        self.looped = dict.fromkeys(self._candidates, why)
+    def _loop_all(self, names: Collection[str], why: str) -> bool:
+        self.looped = dict.fromkeys(names, why)
         return False
 
-    def _not_covered(self, plan: Plan) -> dict[str, str]:
+    def _not_covered(self, plan: Plan, wanted: Homes) -> dict[str, str]:
         """Parameters that the plan leaves to the loop, and why."""
         found: dict[str, str] = {}
-        for name, homes in self.homes(plan).items():
+        for name, homes in wanted.items():
             parameter: Any = self._candidates[name]
             rules = {_rule(self._kinds[m], a) for m, a in homes if m is not None}
             trouble = [plan.trouble[m] for m, _ in homes if m in plan.trouble]

@@ -153,7 +153,13 @@ def sum_rows(grad: Tensor, bounds: Tensor) -> Callable[[int], Tensor]:
 
 
 class Target:
-    """Where gradients go, parameter by parameter."""
+    """Where gradients go, parameter by parameter.
+
+    With `once` every parameter is closed for good after one batch, so there is no second pass over
+    single samples for what the rules do not cover.
+    """
+
+    once = False
 
     def __init__(
         self,
@@ -163,7 +169,8 @@ class Target:
         is_reference: bool = False,
     ) -> None:
         self._square_sums, self._sums = square_sums, sums
-        self.first, self.is_reference = first, is_reference  # first: the next sample's number
+        # `first` is the number of the next batch's first sample; `sample` that under way.
+        self.first, self.sample, self.is_reference = first, first, is_reference
 
     def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """The float32 accumulators of squares and of gradients, of those that are wanted."""
@@ -180,6 +187,11 @@ class Target:
             {name: grad},
             None if sums is None else {name: sums},
         )
+
+    def take(self, name: str, grad: Tensor) -> None:
+        """Add the only gradient that a backward has for a parameter."""
+        self.add(name, grad)
+        self.close(name)
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from piece_ops.importance.batched import BatchedGradients
-from piece_ops.importance.batches import samples_of
+from piece_ops.importance.batches import Samples, samples_of
 from piece_ops.importance.candidates import Candidates
 from piece_ops.importance.passes import GradientStream, LossFunction, check_loss, loss_of
+from piece_ops.importance.rounding import RoundedTarget
 from piece_ops.importance.rules import Target
 from piece_ops.importance.scores import NEEDS
 
 WHERE = "piece_ops.Importance"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Statistics:
-    """float32 accumulators per candidate parameter, filled one gradient at a time."""
+    """Accumulators per candidate parameter, filled one gradient at a time."""
 
     def __init__(
         self,
@@ -33,12 +35,17 @@ class Statistics:
         method: str,
         per_sample: bool | str,
         loss_fn: LossFunction | None,
+        accumulators: str,
+        seed: int,
     ) -> None:
         self.model = model
         self._candidates = candidates
         self._method = method
         self._per_sample = per_sample
         self._loss_fn = loss_fn
+        self._must_reach = True  # whether samples must have gradients for some candidate
+        self._dtype = DTYPES[accumulators]
+        self._seed = seed
         self.reset()
 
     @property
@@ -77,6 +84,7 @@ class Statistics:
     def reset(self) -> None:
         """Forget all statistics, of the task and of the reference (its sources run once only)."""
         self._samples = 0
+        self._reached = False  # a gradient has arrived
         self._batched: BatchedGradients | None = None  # made by the first batch of several samples
         self._sums: dict[str, Tensor] = {}
         self._square_sums: dict[str, Tensor] = {}
@@ -104,7 +112,7 @@ class Statistics:
             self._sums = self._sums or self._zeros()
         if need.square_sums:
             self._square_sums = self._square_sums or self._zeros()
-        self._add(batch, where, self._loss_fn)
+        self._add(batch, where, self._loss_fn, self._target(self._square_sums, self._sums))
 
     def update_reference(self, batch: Any) -> None:
         """Add one batch of what must be kept (piece-g); `finish_reference` begins a new source."""
@@ -114,7 +122,8 @@ class Statistics:
         where = f"{WHERE}.update_reference"
         self._needs_reference(where)
         self._reference = self._reference or self._zeros()
-        self._add(batch, where, loss_fn, to_reference=True)
+        to = self._target(self._reference, {}, self._reference_samples, is_reference=True)
+        self._add(batch, where, loss_fn, to)
 
     def finish_reference(self) -> None:
         """End the current reference source: it enters as one mean, later batches are another."""
@@ -159,43 +168,65 @@ class Statistics:
         for name, tensor in self._kept.items():
             tensor.add_((stored[name] / importance._samples).to(tensor.device))
 
-    def _add(
-        self, batch: Any, where: str, loss_fn: LossFunction | None, to_reference: bool = False
-    ) -> None:
-        """Every sample (or the batch) into the task's sums, or into the reference's squares."""
+    def _target(
+        self,
+        square_sums: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        first: int | None = None,
+        is_reference: bool = False,
+    ) -> Target:
+        """Where a batch's gradients go: into accumulators, of whatever precision."""
+        first = self._samples if first is None else first
+        if self._dtype == torch.float32:
+            return Target(square_sums, sums, first, is_reference)
+        return RoundedTarget(square_sums, sums, first, is_reference, seed=self._seed)
+
+    def _add(self, batch: Any, where: str, loss_fn: LossFunction | None, to: Target) -> set[str]:
+        """Every sample (or the batch) to where it goes; the parameters that are still left out.
+
+        None are, unless `to` takes everything once.
+        """
         self._check_sound(where)
-        squares = self._reference if to_reference else self._square_sums
-        first = self._reference_samples if to_reference else self._samples
-        to = Target(squares, {} if to_reference else self._sums, first, to_reference)
-        if not self._per_sample:
-            self._loop([batch], loss_fn, self._candidates.parameters, to, where)
-            return
-        config = getattr(self.model, "config", None)
-        trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
-        samples = samples_of(batch, trim=trim, where=where)
-        if self._per_sample == "loop" or samples.grid.count == 1:
-            self._loop(samples.alone, loss_fn, self._candidates.parameters, to, where)
-            return
+        parameters = self._candidates.parameters
+        parts = [batch]
+        if self._per_sample:
+            samples = self._samples_of(batch, loss_fn, where)
+            parts = samples.alone
+        if self._per_sample is not True or len(parts) == 1:
+            if to.once and len(parts) > 1:
+                return set(parameters)
+            self._loop(parts, loss_fn, parameters, to, where)
+            return set()
         _refuse_batch_norm(self.model, where)
         if self._batched is None:
-            self._batched = BatchedGradients(self.model, self._candidates.parameters)
-        batched = self._batched
+            self._batched = BatchedGradients(self.model, parameters)
+        batched, first = self._batched, to.first
         with self._spoiling(f"a pass over samples from {first} on", lambda: batched.touched):
-            arrived = batched.add(samples, loss_fn, to, where)
-        rest = {name: self._candidates.parameters[name] for name in batched.looped}
-        if len(rest) == len(self._candidates.parameters):
-            self._loop(samples.alone, loss_fn, rest, to, where)
-            return
-        with self._spoiling(f"samples from {first} on", lambda: 1):
+            arrived = batched.add(samples, loss_fn, parameters, to, where)
+            rest = {name: parameters[name] for name in batched.looped}
+            self._reached |= arrived
+            if self._must_reach and not arrived and not rest:
+                raise ValueError(
+                    f"{where}: the loss of samples {first} to {first + len(parts) - 1} must depend "
+                    f"on the candidate parameters, got one that reaches none of {len(parameters)}"
+                )
+            if to.once:
+                return set(rest)
+            is_rest = len(rest) < len(parameters)
             if rest:
-                arrived |= self._loop(samples.alone, loss_fn, rest, to, where, is_rest=True)
-        if not arrived:
-            raise ValueError(
-                f"{where}: the loss of samples {first} to {first + samples.grid.count - 1} must "
-                f"depend on the candidate parameters, got one that reaches none of "
-                f"{len(self._candidates.parameters)}"
-            )
-        self._count(to, samples.grid.count)
+                self._loop(parts, loss_fn, rest, to, where, is_rest=is_rest)
+        if is_rest:
+            self._count(to, len(parts))
+        return set()
+
+    def _samples_of(self, batch: Any, loss_fn: LossFunction | None, where: str) -> Samples:
+        config = getattr(self.model, "config", None)
+        trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
+        return samples_of(batch, trim=trim, where=where)
+
+    def _samples_in(self, batch: Any, where: str) -> int:
+        """The number of samples that a batch of the task counts for."""
+        return self._samples_of(batch, self._loss_fn, where).grid.count if self._per_sample else 1
 
     def _loop(
         self,
@@ -206,29 +237,28 @@ class Statistics:
         where: str,
         *,
         is_rest: bool = False,
-    ) -> bool:
-        """One backward per part, for some parameters; whether any gradient arrived.
+    ) -> None:
+        """One backward per part, for some parameters.
 
         `is_rest`: the other parameters' gradients are in already, so these need not be reached,
         and the samples are not counted.
         """
-        arrived = False
-        stream = GradientStream(self.model, parameters, to.add, where)
+        stream = GradientStream(self.model, parameters, to.take, where)
         with stream.running():
             for row, part in enumerate(parts):
-                what = f"sample {to.first + row}"
+                to.sample = to.first + row
+                what = f"sample {to.sample}"
                 if len(parts) > 1:
                     what += f" (row {row} of its batch)"
+                must_reach = self._must_reach and not is_rest
                 loss = loss_of(self.model, part, loss_fn, what=what, where=where)
-                check_loss(loss, part, what=what, where=where, must_depend=not is_rest)
-                if not loss.requires_grad:
-                    continue
-                with self._spoiling(f"the backward pass of {what}", lambda: len(stream.seen)):
-                    stream.backward(loss, what, must_reach=not is_rest)
-                arrived |= bool(stream.seen)
+                check_loss(loss, part, what=what, where=where, must_depend=must_reach)
+                if loss.requires_grad:
+                    with self._spoiling(f"the backward pass of {what}", lambda: len(stream.seen)):
+                        stream.backward(loss, what, must_reach=must_reach)
+                self._reached |= bool(stream.seen)
                 if not is_rest:
                     self._count(to, 1)
-        return arrived
 
     def _count(self, to: Target, samples: int) -> None:
         if to.is_reference:
@@ -247,10 +277,11 @@ class Statistics:
             raise
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-            for name, parameter in self._candidates.parameters.items()
-        }
+        return {name: self._zero(name) for name in self._candidates.parameters}
+
+    def _zero(self, name: str) -> Tensor:
+        parameter = self._candidates.parameters[name]
+        return torch.zeros(parameter.shape, dtype=self._dtype, device=parameter.device)
 
     def _check_sound(self, where: str) -> None:
         if self._spoiled is not None:

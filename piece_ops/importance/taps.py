@@ -23,6 +23,10 @@ from torch.utils import _pytree as pytree
 OnCall = Callable[[nn.Module, Any, Any], Any]
 
 
+def _ignore(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+    return output
+
+
 class _Start(torch.autograd.Function):
     """The same numbers, from here on with gradient."""
 
@@ -70,7 +74,7 @@ class Taps:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Install the hooks, and take them off whatever happens."""
+        """Install the hooks, once, and take them off whatever happens."""
         handles: list[Any] = []
         # Hooks would have to be compiled in; a model that is not compiled needs no such import.
         compiled = "torch._dynamo" in sys.modules
@@ -88,6 +92,8 @@ class Taps:
         finally:
             for handle in handles:
                 handle.remove()
+            # Whoever is called holds these taps and accumulators: no cycle for the collector.
+            self._on_call = _ignore
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -85,3 +85,12 @@ SHIRA_LOGITS = 15 * 40 * 3 * EPS32
 # bfloat16 (unit roundoff 2^-9) activations are rounded between layers, sums inside are not: 2^4.
 PER_SAMPLE_GRADIENT = 2**8 * EPS32
 PER_SAMPLE_GRADIENT_BF16 = 2**4 * 2.0**-9
+
+
+def rounded_sum_error(terms: int, largest: float, copies: int) -> float:
+    """bfloat16 sums rounded at random: how far the mean of independent copies may be off.
+
+    Every addition errs by less than one place (2^-7 relative, mean zero), independently; four
+    standard deviations of the mean over `copies`.
+    """
+    return 4.0 * 2.0**-7 * largest * (terms / copies) ** 0.5
