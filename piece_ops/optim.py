@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from piece_ops.backends import ADAMW_STEPS
 from piece_ops.functional import sparse_adamw_
 
+_NO_VALUES = "piece_ops.SparseAdamW: there must be values of a PieceModel to train"
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW for the values of a `PieceModel`: gather, update and scatter in one call.
@@ -69,6 +71,8 @@ class SparseAdamW(torch.optim.Optimizer):
         self._steps: dict[int, Callable[..., None]] = {}  # by parameter group
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(f"{_NO_VALUES}, got none in {len(self.param_groups)} groups")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add values with settings of their own; nothing is added when one of them is wrong."""
@@ -86,11 +90,8 @@ class SparseAdamW(torch.optim.Optimizer):
                     f"{type(parameter).__name__} that requires grad; wrap the model with "
                     "PieceModel(model, selection) first, or use torch.optim.AdamW"
                 )
-        if not kept:
-            raise ValueError(
-                f"{where}: there must be values of a PieceModel to train, got none among "
-                f"{len(given)} parameters"
-            )
+        if given and not kept:  # transformers' Trainer gives an empty group where all decay
+            raise ValueError(f"{_NO_VALUES}, got none among {len(given)} parameters")
         settings = {**self.defaults, **param_group}
         _check_settings(settings, where)
         super().add_param_group({**param_group, "params": kept})
