@@ -23,6 +23,10 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The module of this name, imported as the script is run: from its own folder."""
     for package in NEEDS[request.param]:
         pytest.importorskip(package)
+    if "accelerate" in NEEDS[request.param]:  # it remembers the precision of the process's first
+        state = importlib.import_module("accelerate.state")
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
     monkeypatch.syspath_prepend(str(EXAMPLES))
     found = importlib.import_module(request.param)
     yield found

@@ -201,6 +201,23 @@ def test_save_pretrained_writes_a_delta_that_from_pretrained_goes_on_with(
     assert_same(llama(dtype=dtype).state_dict(), whole.state_dict())
 
 
+def test_push_to_hub_uploads_what_save_pretrained_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+
+    def upload(delta: Delta, repo_id: str, **settings: Any) -> str:
+        sent.append((delta.digest, repo_id, settings))
+        return "address"
+
+    monkeypatch.setattr(Delta, "push_to_hub", upload)
+    trained = wrap()
+    train(trained)
+    saved = Delta.load(trained.save_pretrained(tmp_path))
+    assert trained.push_to_hub("somebody/mail", private=True) == "address"
+    assert sent == [(saved.digest, "somebody/mail", {"private": True})]
+
+
 def test_from_pretrained_leaves_another_base_alone(tmp_path: Path) -> None:
     trained = wrap()
     train(trained)

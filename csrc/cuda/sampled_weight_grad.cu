@@ -14,10 +14,11 @@
 //            sector serves 16. A panel of 32 MB stays in L2. Staging rows of input in shared memory
 //            instead would save its way through L2, but a row of 14336 columns leaves room for 7
 //            tokens, and random columns meet in the banks.
-// Traffic    bfloat16, a product: 2 bytes of the panel from L2, 2 of shared memory. The matrices are
-//            read once, input is written and read once more. Predicted on an H200 for all Linears of
-//            Llama-8B, 8192 tokens, 0.1 %: 6.6e10 products, 131 GB from L2 at 5.5 TB/s 24 ms, and
-//            86 GB at 4.0 TB/s 21 ms (less where the panel stays in L2): 45 ms, where the dense
+// Traffic    bfloat16, a product: 2 bytes of the panel from L2, 2 of shared memory. The matrices
+// are
+//            read once, input is written and read once more. Predicted on an H200 for all Linears
+//            of Llama-8B, 8192 tokens, 0.1 %: 6.6e10 products, 131 GB from L2 at 5.5 TB/s 24 ms,
+//            and 86 GB at 4.0 TB/s 21 ms (less where the panel stays in L2): 45 ms, where the dense
 //            GEMMs take 188 ms at 700 TFLOP/s. A product costs about as much as 130 of a GEMM's, so
 //            that the GEMM is the better choice from a density of about 0.8 % (float32 without
 //            tensor cores: 10 %). This backend does not change over: a GEMM has other bits.
@@ -47,23 +48,28 @@ struct alignas(16) Tile16 {
 // ---- kernels
 // -------------------------------------------------------------------------------------
 
-// All threads of the block. Zeros where there is no token or column. A warp reads 8 columns of 4
-// tokens and writes 32 different banks.
+// All threads of the block. data: the tile's first token and column; zeros where the matrix has no
+// such token or column. A warp reads 8 columns of 4 tokens and writes 32 different banks.
 template <class Bits>
-__device__ __forceinline__ void load_tile(const Bits* data, int64_t row_stride, int64_t tokens,
-                                          int64_t first, int64_t columns, Tile16<Bits>& tile) {
+__device__ __forceinline__ void load_tile(const Bits* data, int64_t row_stride, int tokens,
+                                          int columns, Tile16<Bits>& tile) {
   const int thread_column = lane_of_warp() % 8;
   const int thread_step = lane_of_warp() / 8;
-#pragma unroll 8
+#pragma unroll 4
   for (int e = static_cast<int>(threadIdx.x) / kWarp; e < 4 * kWarp; e += kWarpsOfBlock) {
     const int lane = e % kWarp;
     const int m = e / kWarp % 2 * 4 + thread_step;
     const int column = e / kWarp / 2 * 8 + thread_column;
-    const int64_t t = m * kWarp + lane;
+    const int t = m * kWarp + lane;
     Bits x = 0;
-    if (t < tokens && first + column < columns) x = data[t * row_stride + first + column];
+    if (t < tokens && column < columns) x = data[t * row_stride + column];
     tile.rows[column][lane * kVector + m] = x;
   }
+}
+
+// n, but no more than `most`, in 32 bits.
+__device__ __forceinline__ int at_most(int64_t n, int most) {
+  return n < most ? static_cast<int>(n) : most;
 }
 
 // Eight elements from a 16-byte boundary in shared or global memory.
@@ -91,8 +97,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Tile16<Bits> tile;
   const int64_t block = blockIdx.x % blocks;
   const int64_t first = blockIdx.x / blocks * kTileColumns;
-  load_tile(data + block * kBlock * row_stride, row_stride, tokens - block * kBlock, first, columns,
-            tile);
+  load_tile(data + block * kBlock * row_stride + first, row_stride,
+            at_most(tokens - block * kBlock, kBlock), at_most(columns - first, kTileColumns), tile);
   __syncthreads();  // the tile is complete
   constexpr int vectors = kBlock * static_cast<int>(sizeof(Bits)) / 16;
   for (int v = static_cast<int>(threadIdx.x); v < kTileColumns * vectors; v += kThreads) {
@@ -116,8 +122,10 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = lane_of_warp();
   const int64_t block = blockIdx.x % blocks;
   const int64_t first = blockIdx.x / blocks * kIndicesOfBlock;
-  const int count =
-      n - first < kIndicesOfBlock ? static_cast<int>(n - first) : int{kIndicesOfBlock};
+  const int count = at_most(n - first, kIndicesOfBlock);
+  const int tokens_here = at_most(tokens - block * kBlock, kBlock);
+  grads += block * kBlock * row_stride;
+  panel += block * kBlock + lane * kVector;
   const int own = static_cast<int>(threadIdx.x);
   if (own < count) {
     const int64_t position = indices[first + own];
@@ -131,13 +139,12 @@ __global__ void __launch_bounds__(kThreads)
     const bool low = lane < count && rows[lane] < window + kTileColumns;
     const bool high = lane + kWarp < count && rows[lane + kWarp] < window + kTileColumns;
     const int end = __popc(__ballot_sync(kAllLanes, low)) + __popc(__ballot_sync(kAllLanes, high));
-    load_tile(grads + block * kBlock * row_stride, row_stride, tokens - block * kBlock, window, out,
-              tile);
+    load_tile(grads + window, row_stride, tokens_here, at_most(out - window, kTileColumns), tile);
     __syncthreads();  // the tile is complete
     for (int s = begin + own / kWarp; s < end; s += kWarpsOfBlock) {
       typename G::Bits g[kVector];
       typename X::Bits x[kVector];
-      read_vector(panel + (columns[s] * blocks + block) * kBlock + lane * kVector, x);
+      read_vector(panel + columns[s] * blocks * kBlock, x);
       read_vector(tile.rows[rows[s] - window] + lane * kVector, g);
       float sum = 0.0f;
 #pragma unroll

@@ -197,7 +197,7 @@ def total(tensors: list[Tensor]) -> Tensor:
 def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     _schema.check_sampled_weight_grad(grad_output, input, indices)
     count = indices.numel()
-    values = torch.empty(count)
+    values = torch.empty(count, dtype=torch.float32)
     extension().sampled_weight_grad(
         matrix(grad_output),
         matrix(input),

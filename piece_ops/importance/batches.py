@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 # Tensors with one column per token that can lose right padding together with attention_mask.
-_TOKEN_WISE = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
+_TOKEN_WISE = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 # What some collators add for packed batches; it describes all sequences, so no single one.
 _OF_ALL_SEQUENCES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
