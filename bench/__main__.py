@@ -23,6 +23,8 @@ OPS = {
     "scatter_": "bench_scatter",
     "total": "bench_total",
     "training_step": "bench_training_step",
+    "call_overhead": "bench_call_overhead",
+    "sampled_weight_grad": "bench_sampled_weight_grad",
 }
 
 

@@ -1,106 +1,99 @@
 """What callers pass (one array, a list, a tuple or a dict of them) to lists of tensors and back.
 
-PyTorch tensors are taken as they are, NumPy arrays without a copy; results come back arranged
-like the input and of its array type.
+Arrays come from any library, without a copy (``_foreign.py``); results come back arranged like
+the input, each of the array type of its own entry.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-
-def as_tensor(op: str, argument: str, value: object, *, is_written: bool) -> Tensor:
-    """View one array as a tensor; never copies.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a tensor nor a NumPy array, or of a dtype that torch does not know.
-    ValueError
-        If it is to be written but read-only, or has negative strides.
-    """
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(
-            f"piece_ops.{op}: {argument} must be a torch.Tensor or numpy.ndarray, "
-            f"got {type(value).__name__}"
-        )
-    # Negative strides must not reach torch's readers: some of them end the process.
-    if any(stride < 0 for stride in value.strides):
-        raise ValueError(
-            f"piece_ops.{op}: {argument} must be contiguous, got an array with strides "
-            f"{value.strides}; call numpy.ascontiguousarray first if a copy is meant"
-        )
-    if is_written and not value.flags.writeable:
-        raise ValueError(
-            f"piece_ops.{op}: {argument} is written and must be writeable, got a read-only array"
-        )
-    try:
-        # from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes.
-        return torch.from_numpy(value) if value.flags.writeable else from_dlpack(value)
-    except (TypeError, BufferError) as error:
-        raise TypeError(f"piece_ops.{op}: {argument} has dtype {value.dtype}: {error}") from error
+from piece_ops._foreign import GiveBack, peculiarity, take
 
 
 def _all_tensors(items: Sequence[object]) -> bool:
     return set(map(type, items)) <= {Tensor, torch.nn.Parameter}
 
 
+class NamingErrors:
+    """Puts the caller's names into errors of the ops, which know tensors by number only.
+
+    ``scores[3]`` becomes ``scores['w']`` for a dict, and ``scores`` for one array. Where torch has
+    refused a tensor of a kind for which there is no kernel, the error says which.
+    """
+
+    def __init__(self, arrangement: Arrangement) -> None:
+        self._arrangement = arrangement
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ValueError, TypeError, RuntimeError)):
+            self._arrangement.raise_named(error)
+
+
 class Arrangement:
-    """How the caller arranged some tensors: remembers keys and array types."""
+    """How the caller arranged some arrays: remembers keys and array types."""
 
     def __init__(self, op: str, argument: str, value: object, *, is_written: bool = False) -> None:
         self._op = op
         self._argument = argument
         self._kind: type = type(value)
         self._keys: list[Any] | None = None
-        items: Sequence[object]
-        if isinstance(value, Mapping):
+        items: Sequence[Any]
+        if isinstance(value, (list, tuple)):
+            self._kind = list if isinstance(value, list) else tuple
+            items = value
+        elif isinstance(value, Mapping):
             self._kind = dict
             self._keys = list(value)
             items = list(value.values())
-        elif isinstance(value, (list, tuple)):
-            self._kind = list if isinstance(value, list) else tuple
-            items = value
         else:
             self._kind = Tensor
             items = [value]
         self.tensors: list[Tensor]
+        self._give_backs: list[GiveBack | None] | None = None
         if _all_tensors(items):
-            self._is_numpy: list[bool] | None = None
-            self.tensors = list(items)  # type: ignore[arg-type]
-            return
-        self._is_numpy = [isinstance(item, np.ndarray) for item in items]
-        self.tensors = [
-            item
-            if isinstance(item, Tensor)
-            else as_tensor(op, self._name(argument, t), item, is_written=is_written)
-            for t, item in enumerate(items)
-        ]
+            self.tensors = list(items)
+        else:
+            taken = [
+                take(op, self._name(argument, t), item, is_written=is_written)
+                for t, item in enumerate(items)
+            ]
+            self.tensors = [tensor for tensor, _ in taken]
+            self._give_backs = [give_back for _, give_back in taken]
+        # What errors may be about.
+        self._arguments: dict[str, Sequence[Tensor | None]] = {argument: self.tensors}
 
     def __len__(self) -> int:
         return len(self.tensors)
 
-    @contextmanager
-    def naming_errors(self) -> Iterator[None]:
-        """Put the caller's names into errors of the ops, which know tensors by number only.
+    def naming_errors(self) -> NamingErrors:
+        """Put the caller's names into errors raised inside this context."""
+        return NamingErrors(self)
 
-        ``scores[3]`` becomes ``scores['w']`` for a dict, and ``scores`` for one array.
-        """
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            text = re.sub(r"\b(\w+)\[(\d+)\]", self._rename, str(error))
-            raise type(error)(text) from None
+    def raise_named(self, error: Exception) -> None:
+        """Raise a better error than this one; return if there is none (`NamingErrors`)."""
+        if str(error).startswith(f"piece_ops.{self._op}: "):
+            if not isinstance(error, RuntimeError):
+                text = re.sub(r"\b(\w+)\[(\d+)\]", self._rename, str(error))
+                raise type(error)(text) from None
+            return
+        for argument, tensors in self._arguments.items():
+            for t, tensor in enumerate(tensors):
+                found = None if tensor is None else peculiarity(tensor)
+                if found is not None:
+                    raise TypeError(
+                        f"piece_ops.{self._op}: {self._name(argument, t)} must be a dense tensor "
+                        f"in memory, got {found}"
+                    ) from error
 
     def _rename(self, match: re.Match[str]) -> str:
         t = int(match[2])
@@ -114,10 +107,24 @@ class Arrangement:
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """Arrange results (tensors, or plain numbers) like the caller's input."""
         results = list(tensors)
-        if self._is_numpy is not None:
-            for t, is_numpy in enumerate(self._is_numpy):
-                if is_numpy and isinstance(results[t], Tensor):
-                    results[t] = results[t].numpy()
+        if self._give_backs is not None:
+            for t, give_back in enumerate(self._give_backs):
+                if give_back is not None and isinstance(results[t], Tensor):
+                    results[t] = give_back(results[t])
+        return self._arrange(results)
+
+    def split(self, flat: Tensor, counts: Sequence[int]) -> Any:
+        """Cut one result into parts of these sizes, arranged like the caller's input."""
+        if len(self) == 1:
+            return self.rebuild([flat])
+        if self._give_backs is not None and set(self._give_backs) == {Tensor.numpy}:
+            array = flat.numpy()  # cut there: a tenth of the cost
+            ends = accumulate(counts, initial=0)
+            return self._arrange([array[begin:end] for begin, end in pairwise(ends)])
+        # "unsafe": the parts are no views to autograd, which does not know indices anyway.
+        return self.rebuild(flat.unsafe_split_with_sizes(counts))
+
+    def _arrange(self, results: list[Any]) -> Any:
         if self._keys is not None:
             return dict(zip(self._keys, results, strict=True))
         return results[0] if self._kind is Tensor else self._kind(results)
@@ -132,6 +139,7 @@ class Arrangement:
         """
         if self._kind is list and isinstance(value, list) and _all_tensors(value):
             if len(value) == len(self):  # the usual case, at a tenth of the cost
+                self._arguments[argument] = value
                 return value
         tensors = self.match_optional(argument, value, is_written=is_written)
         present: list[Tensor] = []
@@ -148,7 +156,7 @@ class Arrangement:
         self, argument: str, value: object, *, is_written: bool = False
     ) -> list[Tensor | None]:
         """Like match, but entries may be None and keys may be missing (None then)."""
-        items: Sequence[object]
+        items: Sequence[Any]
         if self._keys is not None:
             if not isinstance(value, Mapping):
                 raise TypeError(self._mismatch(argument, "a dict", type(value).__name__))
@@ -173,12 +181,14 @@ class Arrangement:
                 f"piece_ops.{self._op}: {argument} must have {len(self)} tensors like "
                 f"{self._argument}, got {len(items)}"
             )
-        return [
-            item
-            if item is None or isinstance(item, Tensor)
-            else as_tensor(self._op, self._name(argument, t), item, is_written=is_written)
+        tensors = [
+            None
+            if item is None
+            else take(self._op, self._name(argument, t), item, is_written=is_written)[0]
             for t, item in enumerate(items)
         ]
+        self._arguments[argument] = tensors
+        return tensors
 
     def _mismatch(self, argument: str, wanted: str, got: str) -> str:
         return f"piece_ops.{self._op}: {argument} must be {wanted} like {self._argument}, got {got}"

@@ -72,7 +72,7 @@ class TopK:
     ----------
     indices : array, or list, tuple or dict of arrays
         int64 flat positions inside each tensor, strictly increasing; arranged, and of the array
-        type and device, like the scores.
+        type and device, like the scores (int32 from JAX without x64, which has no int64).
     threshold : float
         The k-th largest score (inf when k is 0). With scope "tensor": one each, arranged.
     ties_kept : int

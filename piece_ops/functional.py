@@ -1,9 +1,12 @@
 """The ops as documented functions.
 
-Every function takes one array, a list, a tuple or a dict of arrays (PyTorch tensors or NumPy
-arrays, used in place) and returns results arranged like its input. Errors are
-``ValueError`` or ``TypeError`` that say where, wanted, got. No function copies an input, changes
-one that it does not name with a trailing underscore, or keeps any state.
+Every function takes one array, a list, a tuple or a dict of arrays and returns results arranged
+like its input, each of the array type and on the device of its own entry. An *array* is of PyTorch,
+NumPy (bfloat16 of ml_dtypes too), JAX, CuPy, or any object with ``__dlpack__`` or
+``__cuda_array_interface__``; what is changed in place must be mutable, so no JAX
+(``docs/interop.md``). Errors are ``ValueError`` or ``TypeError`` that say where, wanted, got. No
+function copies an input, changes one that it does not name with a trailing underscore, or keeps any
+state.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import torch
 from torch import Tensor
 
 from piece_ops import backends as backends  # registers the implementations
-from piece_ops._arrays import Arrangement, as_tensor
+from piece_ops._arrays import Arrangement
+from piece_ops._foreign import as_tensor, torch_dtype
 from piece_ops._topk import Score, TopK
 
-Array = Any  # Tensor | ndarray
-Tensors = Any  # Tensor | ndarray | list | tuple | dict of them; mirrored in the result
+Array = Any  # of any library
+Tensors = Any  # an array, or a list, tuple or dict of them; mirrored in the result
 _ops = torch.ops.piece_ops
 
 __all__ = [
@@ -125,10 +129,11 @@ def select_topk(
         indices, counts, thresholds, ties = _ops.select_topk(
             given.tensors, second, ks, excluded, kind, constant, seed, nan, algorithm
         )
-    parts = given.rebuild(indices.split(counts.tolist()) if len(given) > 1 else [indices])
+        parts = given.split(indices, counts.tolist())
+        numbers = thresholds.tolist(), ties.tolist()
     if scope == "global":
-        return TopK(parts, thresholds.item(), int(ties.item()))
-    return TopK(parts, given.rebuild(thresholds.tolist()), given.rebuild(ties.tolist()))
+        return TopK(parts, numbers[0][0], numbers[1][0])
+    return TopK(parts, *map(given.rebuild, numbers))
 
 
 def _counts(k: int | Sequence[int], scope: str, given: Arrangement) -> list[int]:
@@ -403,7 +408,7 @@ def _number(op: str, argument: str, value: object) -> float:
     return float(value)
 
 
-def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+def gather(sources: Tensors, indices: Tensors, dtype: Any = None) -> Tensors:
     """Read the elements of many tensors at flat positions.
 
     Parameters
@@ -412,7 +417,7 @@ def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None)
         float32, bfloat16, float16 or float64, any shapes, contiguous. Not changed.
     indices : arranged like sources
         int64, flat, strictly increasing positions.
-    dtype : torch.float32, optional
+    dtype : torch.float32 (or NumPy's, or its name), optional
         Widen to it; None keeps each source's own dtype.
 
     Returns
@@ -435,8 +440,9 @@ def gather(sources: Tensors, indices: Tensors, dtype: torch.dtype | None = None)
     if not len(given):
         return given.rebuild([])
     positions = given.match("indices", indices)
+    wanted = torch_dtype("gather", dtype)
     with given.naming_errors():
-        return given.rebuild(_ops.gather(given.tensors, positions, dtype))
+        return given.rebuild(_ops.gather(given.tensors, positions, wanted))
 
 
 def scatter_(targets: Tensors, indices: Tensors, values: Tensors) -> None:

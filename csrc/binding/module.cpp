@@ -77,13 +77,13 @@ py::tuple accumulate_per_sample_squares(int64_t square_sums, const Ints& grad_ou
   return py::make_tuple(bad.tensor, bad.count);
 }
 
-// One k: over all tensors; else one for each. Returns thresholds, ties, and, when NaN is not
-// allowed and there is one, its tensor and count.
+// One k: over all tensors; else one for each, and so many thresholds (float64) and ties_kept
+// (int64) are written. Returns tensor and count of a NaN that is not allowed (tensor -1: none).
 py::tuple select_topk(const Ints& first, const Ints& sizes, const Ints& first_dtypes,
                       const Ints& second, const Ints& second_dtypes, const Ints& exclude,
                       const Ints& exclude_sizes, const Ints& ks, bool by_tensor, int score,
                       float constant, uint64_t seed, bool nan_is_lowest, int algorithm, int threads,
-                      int64_t indices, int64_t counts) {
+                      int64_t indices, int64_t counts, int64_t thresholds, int64_t ties_kept) {
   const auto first_views = make_views<ConstView>(first, sizes, first_dtypes);
   const auto second_views = second.empty() ? std::vector<ConstView>{}
                                            : make_views<ConstView>(second, sizes, second_dtypes);
@@ -109,11 +109,8 @@ py::tuple select_topk(const Ints& first, const Ints& sizes, const Ints& first_dt
   args.indices = reinterpret_cast<int64_t*>(indices);
   args.counts = reinterpret_cast<int64_t*>(counts);
 
-  std::vector<double> thresholds;
-  Ints ties;
   int64_t nan_tensor = -1;
   int64_t nan_count = 0;
-  int64_t passes = 0;
   {
     const py::gil_scoped_release unlocked;
     for (size_t scope = 0; scope < ks.size(); ++scope) {
@@ -134,14 +131,13 @@ py::tuple select_topk(const Ints& first, const Ints& sizes, const Ints& first_dt
         nan_count = result.nan_count;
         break;
       }
-      thresholds.push_back(result.threshold);
-      ties.push_back(result.ties_kept);
-      passes += result.passes;
+      reinterpret_cast<double*>(thresholds)[scope] = result.threshold;
+      reinterpret_cast<int64_t*>(ties_kept)[scope] = result.ties_kept;
       args.indices += args.k;
       if (by_tensor) args.first_position += first_views[scope].n;
     }
   }
-  return py::make_tuple(thresholds, ties, nan_tensor, nan_count, passes);
+  return py::make_tuple(nan_tensor, nan_count);
 }
 
 void sparse_adamw(const Ints& weights, const Ints& weight_sizes, const Ints& weight_dtypes,

