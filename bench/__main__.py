@@ -22,9 +22,11 @@ OPS = {
     "gather": "bench_gather",
     "scatter_": "bench_scatter",
     "total": "bench_total",
-    "training_step": "bench_training_step",
-    "call_overhead": "bench_call_overhead",
     "sampled_weight_grad": "bench_sampled_weight_grad",
+    "importance": "bench_importance",
+    "training_step": "bench_training_step",
+    "delta": "bench_delta",
+    "call_overhead": "bench_call_overhead",
 }
 
 

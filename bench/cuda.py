@@ -1,19 +1,16 @@
 """``make bench-cuda``: every op on a GPU beside its peers; DRY=1 lists the rows without one.
 
 Each row names the bytes that the op must move, what that takes on one H200 (4.3 TB/s read, 4.0
-TB/s read and write), and what it is held to. With a GPU, peers are timed as in
-``bench.cuda_select_topk``; the first peer of a row is a plain read or copy of the same number of
-bytes in the same run.
+TB/s read and write), and what it is held to. With a GPU, peers are timed as
+``bench.cuda_timing`` says; ends with 0 unless an answer was wrong or a peer failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,54 +20,18 @@ from torch import Tensor
 
 import piece_ops
 from bench import cuda_select_topk
-from bench.cuda_select_topk import Peer, run_row
-from piece_ops.backends import cuda
+from bench.cuda_timing import READ_GB_PER_S, Peer, Row, copier, graphed, optional, run_rows
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
-READ_GB_PER_S = cuda_select_topk.READ_GB_PER_S
-COPY_GB_PER_S = 4000.0
-LAUNCH_MS = 0.01
 SPARSE_K = 8_000_000
 PRODUCTS_FLOP_PER_MS = 600e9  # bfloat16, in Triton
-
-
-@dataclass
-class Row:
-    """Like bench.cuda_select_topk.Row, for any op; ``floor_bytes`` are read and written."""
-
-    op: str
-    name: str
-    floor_bytes: int
-    target: str
-    build: Callable[[], list[Peer]]
-    gb_per_s: float = COPY_GB_PER_S
-    more_ms: float = LAUNCH_MS
-
-    @property
-    def floor_ms(self) -> float:
-        return self.floor_bytes / self.gb_per_s / 1e6
-
-    @property
-    def predicted_ms(self) -> float:
-        return self.floor_ms + self.more_ms
+SAMPLED_TOKENS = 8192
 
 
 def llama_8b() -> list[int]:
     """Sizes of the 291 tensors of Llama-3-8B."""
     layer = [4096 * 4096] * 2 + [1024 * 4096] * 2 + [14336 * 4096] * 3 + [4096] * 2
     return [128256 * 4096, *layer * 32, 4096, 128256 * 4096]
-
-
-def copier(n_bytes: int) -> Peer:
-    """Reads and writes n_bytes together, through buffers of at most 8 GB."""
-    times = max(1, -(-n_bytes // 8_000_000_000))
-    source = torch.empty(n_bytes // times // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def run() -> Any:
-        for _ in range(times):
-            target.copy_(source)
-
-    return Peer("copy of as many bytes", run)
 
 
 def equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
@@ -99,6 +60,8 @@ def accumulate(sizes: Sequence[int], has_sums: bool) -> list[Peer]:
         torch._foreach_addcmul_(squares, grads, grads)
 
     peers = [copier(n_bytes), Peer("piece_ops", ours, check)]
+    if len(sizes) > 1000:  # where the host's time for a call exceeds the device's
+        peers.append(graphed("piece_ops, replayed from a CUDA graph", ours))
     if not has_sums:
         peers.append(Peer("torch._foreach_addcmul_ (no look for NaN)", foreach))
     return peers
@@ -154,7 +117,7 @@ def adamw(sizes: Sequence[int], k: int) -> list[Peer]:
     indices = spread(sizes, k)
     values, m, v = ([torch.zeros(i.numel(), device="cuda") for i in indices] for _ in range(3))
     grads = [torch.randn(i.numel(), device="cuda") for i in indices]
-    plan = cuda.SparseAdamwPlan(weights, indices, values, grads, m, v)
+    plan = SparseAdamwPlan(weights, indices, values, grads, m, v)
 
     def check(_: Any) -> str | None:
         pairs = zip(weights, indices, values, strict=True)
@@ -175,17 +138,17 @@ def adamw(sizes: Sequence[int], k: int) -> list[Peer]:
         Peer("piece_ops, kept plan", lambda: plan.step(1, 1e-4), check),
         Peer("piece_ops, lists", lists),
     ]
-    return [*peers, cuda_select_topk.optional(dense, "torch.optim.AdamW")]
+    return [*peers, optional(dense, "torch.optim.AdamW")]
 
 
 def host_time(sizes: Sequence[int], k: int) -> list[Peer]:
     """The kept plan's time on the host: what a launch costs while the GPU is busy."""
     weights = [torch.zeros(n, dtype=torch.bfloat16, device="cuda") for n in sizes]
     indices = spread(sizes, k)
-    lists = [[torch.zeros(i.numel(), device="cuda") for i in indices] for _ in range(4)]
-    plan = cuda.SparseAdamwPlan(weights, indices, *lists)
+    values, grads, m, v = ([torch.zeros(i.numel(), device="cuda") for i in indices] for _ in "vgmv")
+    plan = SparseAdamwPlan(weights, indices, values, grads, m, v)
 
-    def run() -> Any:
+    def run(_kept: Any = grads) -> Any:
         plan.step(1, 1e-4)
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -193,10 +156,9 @@ def host_time(sizes: Sequence[int], k: int) -> list[Peer]:
             plan.step(1, 1e-4)
         microseconds = (time.perf_counter() - start) * 1e4
         torch.cuda.synchronize()
-        return microseconds
+        return {"host_us_a_step": round(microseconds, 1)}
 
-    print(f"   host time of a kept plan's step: {run():.1f} us (target < 20)")
-    return [Peer("100 steps and the wait for them", run)]
+    return [Peer("100 steps of a kept plan and the wait for them", run)]
 
 
 def slots(sizes: Sequence[int], k: int, scatters: bool) -> list[Peer]:
@@ -240,6 +202,25 @@ def total(n: int) -> list[Peer]:
     ]
 
 
+def sampled(tokens: int, out: int, width: int) -> list[Peer]:
+    """0.1 % of one Linear's weight gradient, bfloat16."""
+    g, x = (torch.randn(tokens, n, device="cuda").to(torch.bfloat16) for n in (out, width))
+    indices = spread([out * width], out * width // 1000)[0]
+    some = slice(0, 1000)  # the reference takes a column a product
+    i, j = indices[some] // width, indices[some] % width
+    want = (g[:, i].double() * x[:, j].double()).sum(0)
+
+    def check(got: Any) -> str | None:
+        close = torch.allclose(got[some].double(), want, rtol=1e-3, atol=1e-3)
+        return None if close else "other values"
+
+    return [
+        copier(2 * tokens * (out + 3 * width)),
+        Peer("piece_ops", lambda: piece_ops.sampled_weight_grad(g, x, indices), check),
+        Peer("dense GEMM, bfloat16", lambda: g.t() @ x),
+    ]
+
+
 # ---- rows -------------------------------------------------------------------------------------
 
 
@@ -273,6 +254,7 @@ def rows() -> Iterator[Row]:
         12 * n,
         "<= 1.3 x the time of one tensor of 1e9",
         lambda: accumulate([100_000] * 10_000, False),
+        more_ms=15.0,  # of host: some 1.5 us of Python a tensor, none in a replay
     )
     for out, features, samples, length in (
         (4096, 4096, 8, 1024),
@@ -310,7 +292,7 @@ def rows() -> Iterator[Row]:
         42 * SPARSE_K,
         "one launch",
         lambda: slots(llama, SPARSE_K, False),
-        READ_GB_PER_S,
+        gb_per_s=READ_GB_PER_S,
     )
     yield Row(
         "scatter_",
@@ -325,16 +307,26 @@ def rows() -> Iterator[Row]:
         4 * n,
         "<= 1.3 x one read",
         lambda: total(n),
-        READ_GB_PER_S,
-        0.16,  # the chains of additions at the end
+        gb_per_s=READ_GB_PER_S,
+        more_ms=0.16,  # the chains of additions at the end
     )
+    for out, width in ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096)):
+        products = SAMPLED_TOKENS * (out * width // 1000)
+        yield Row(
+            "sampled_weight_grad",
+            f"{out} x {width}, {SAMPLED_TOKENS} tokens, 0.1 %, bfloat16",
+            2 * SAMPLED_TOKENS * (out + 3 * width),  # input is read, written and read transposed
+            ">= 4 x faster than the dense GEMM",
+            partial(sampled, SAMPLED_TOKENS, out, width),
+            more_ms=0.01 + 2 * products / 5.5e9,  # the panel's rows from L2
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="list the rows; needs no GPU")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--only", default="", help="rows whose op or name contains this text")
+    parser.add_argument("--only", default="", help="rows whose line contains this text")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
@@ -342,26 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bench.cuda: wanted a CUDA device, got none; --dry (make bench-cuda DRY=1) lists rows"
         )
         return 2
-    for row in rows():
-        if args.only not in f"{row.op} {row.name}":
-            continue
-        print(
-            f"{row.op}: {row.name}: {row.floor_bytes / 1e9:.2f} GB, floor {row.floor_ms:.2f} ms, "
-            f"predicted {row.predicted_ms:.2f} ms; {row.target}"
-        )
-        if args.dry:
-            continue
-        for line in run_row(row, args.repeats):  # type: ignore[arg-type]
-            line["op"] = row.op
-            print("  ", {k: v for k, v in line.items() if k not in ("op", "case", "device")})
-            if args.out:
-                with args.out.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-        torch.cuda.empty_cache()
-    passed_on = ["--repeats", str(args.repeats), "--only", args.only]
-    passed_on += ["--dry"] if args.dry else []
-    passed_on += ["--out", str(args.out)] if args.out else []
-    return cuda_select_topk.main(passed_on)
+    chosen = [row for row in (*rows(), *cuda_select_topk.rows()) if args.only in str(row)]
+    return run_rows(chosen, is_dry=args.dry, repeats=args.repeats, out=args.out)
 
 
 if __name__ == "__main__":

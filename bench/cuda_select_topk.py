@@ -1,23 +1,12 @@
-"""select_topk on a GPU: rows with their bytes, floors and predictions; timed where there is one.
-
-``python -m bench.cuda_select_topk --dry`` lists the rows and needs no GPU. Without ``--dry`` every
-peer's answer is checked before it is timed, with CUDA events around whole calls (host time
-included), the L2 cache overwritten before each; medians of ``--repeats``. The denominator is a read
-of the same bytes (``torch.amax``) in the same run.
-"""
+"""select_topk on a GPU: rows with their bytes, floors and predictions, beside their peers."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +14,10 @@ import torch
 from torch import Tensor
 
 import piece_ops
+from bench.cuda_timing import READ_GB_PER_S, Peer, Row, optional, reader
 from piece_ops.backends import cuda, cuda_select_topk
 
-READ_GB_PER_S = 4300.0  # what one H200 reads, measured by others; predictions only
 LAUNCHES_MS = 0.05  # some 20 small kernels around the one read
-Run = Callable[[], Any]
-
-
-@dataclass
-class Peer:
-    """One way to the answer. ``check`` says what is wrong with it (None: right)."""
-
-    name: str
-    run: Run
-    check: Callable[[Any], str | None] | None = None
-
-
-@dataclass
-class Row:
-    """What ours must move at least, what it is predicted to, and what it is held to."""
-
-    name: str
-    floor_bytes: int  # one read of the scores
-    our_bytes: int
-    target: str
-    build: Callable[[], list[Peer]]
-
-    @property
-    def floor_ms(self) -> float:
-        return self.floor_bytes / READ_GB_PER_S / 1e6
-
-    @property
-    def predicted_ms(self) -> float:
-        return self.our_bytes / READ_GB_PER_S / 1e6 + LAUNCHES_MS
 
 
 # ---- answers ----------------------------------------------------------------------------------
@@ -155,23 +115,6 @@ def _cub() -> Any:
     return library
 
 
-def optional(make: Callable[[], Peer], name: str) -> Peer:
-    """A peer that may be absent: it then says why when it is run."""
-    try:
-        return make()
-    except (RuntimeError, OSError) as error:
-        text = str(error)
-
-        def absent() -> Any:
-            raise RuntimeError(text)
-
-        return Peer(name, absent)
-
-
-def reader(tensors: Sequence[Tensor]) -> Peer:
-    return Peer("one read (torch.amax)", lambda: [t.amax() for t in tensors])
-
-
 # ---- rows -------------------------------------------------------------------------------------
 
 
@@ -246,8 +189,8 @@ def many(count: int, n: int, k: int) -> list[Peer]:
         parts = list(flat.split((n + pieces - 1) // pieces))
         return Peer(
             f"piece_ops, {len(parts):,} tensors",
-            lambda: joined(parts, piece_ops.select_topk(parts, k).indices),
-            right,
+            lambda: piece_ops.select_topk(parts, k),
+            lambda top: right(joined(parts, top.indices)),
         )
 
     return [reader([flat]), peer(10), peer(count)]
@@ -274,126 +217,57 @@ def piece_s(n: int, k: int) -> list[Peer]:
 
 def rows(small: int = 1_000_000_000, large: int = 8_000_000_000) -> Iterator[Row]:
     """The table of select_topk; sizes as arguments, so that a test can build them small."""
+
+    def row(
+        name: str,
+        floor: int,
+        ours: float,
+        target: str,
+        build: Callable[[], Any],
+        more_ms: float = LAUNCHES_MS,
+    ) -> Row:
+        return Row("select_topk", name, floor, target, build, int(ours), READ_GB_PER_S, more_ms)
+
     faster = "<= 1.15 x one read; >= 4 x faster than torch.topk"
     for kind, n in (
         ("Gaussian squared", small),
         ("lognormal, sigma 4", small),
         ("Gaussian squared", large),
     ):
-        yield Row(
+        yield row(
             f"{kind}, n = {n:.0e} float32, k = 0.1 %",
             4 * n,
-            int(4.10 * n),
+            4.10 * n,
             faster,
             lambda kind=kind, n=n: standalone(kind, n, n // 1000),
         )
-    yield Row(
+    yield row(
         f"fused with the last accumulation, n = {small:.0e}",
         4 * small,
-        int(0.30 * small),
+        0.30 * small,
         "<= 0.2 x one read on top of the accumulation",
         lambda: fused(small, small // 1000),
     )
     for kind in ("all equal", "99 % zeros", "256 distinct values"):
-        yield Row(
+        yield row(
             f"{kind}, n = {small:.0e}",
             4 * small,
-            int(4.4 * small),
+            4.4 * small,
             "exact, <= 2.5 x one read",
             lambda kind=kind: standalone(kind, small, small // 1000),
         )
-    yield Row(
+    yield row(
         f"10,000 tensors of {small // 10_000:,}",
         4 * small,
-        int(4.15 * small),
+        4.15 * small,
         "<= 1.3 x the time of ten tensors",
         lambda: many(10_000, small, small // 1000),
+        more_ms=25.0,  # of host: some 2.5 us of Python a tensor
     )
-    yield Row(
+    yield row(
         f"PIECE-S of 2 x {small:.0e}",
         8 * small,
-        int(8.2 * small),
+        8.2 * small,
         "<= 1.15 x one read of both",
         lambda: piece_s(small, small // 1000),
     )
-
-
-# ---- timing -----------------------------------------------------------------------------------
-
-
-def time_ms(run: Run, repeats: int) -> float:
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    run()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def run_row(row: Row, repeats: int) -> Iterator[dict[str, Any]]:
-    """Each peer's line: status, time, GB/s of the floor's bytes, extra memory."""
-    head = {"op": "select_topk", "case": row.name, "device": torch.cuda.get_device_name()}
-    read_ms = None
-    for peer in row.build():
-        line: dict[str, Any] = {**head, "peer": peer.name, "status": "ok"}
-        try:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            answer = peer.run()
-            torch.cuda.synchronize()
-            line["extra_bytes"] = torch.cuda.max_memory_allocated() - before
-            wrong = peer.check(answer) if peer.check else None
-            del answer
-        except (RuntimeError, NotImplementedError, piece_ops_errors()) as error:
-            line["status"] = f"absent: {str(error).splitlines()[0]}"
-            yield line
-            continue
-        if wrong:
-            line["status"] = f"wrong: {wrong}"
-            yield line
-            continue
-        line["p50_ms"] = round(time_ms(peer.run, repeats), 4)
-        if read_ms is None:
-            read_ms = line["p50_ms"]
-        line["over_one_read"] = round(line["p50_ms"] / read_ms, 3)
-        line["gb_per_s"] = round(row.floor_bytes / line["p50_ms"] / 1e6, 1)
-        yield line
-
-
-def piece_ops_errors() -> type[Exception]:
-    return torch.cuda.OutOfMemoryError
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cuda_select_topk", description=__doc__)
-    parser.add_argument("--dry", action="store_true", help="list the rows; needs no GPU")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", default="", help="rows whose name contains this text")
-    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    args = parser.parse_args(argv)
-    for row in rows():
-        if args.only not in row.name:
-            continue
-        print(
-            f"{row.name}: floor {row.floor_bytes / 1e9:.2f} GB {row.floor_ms:.2f} ms, "
-            f"predicted {row.our_bytes / 1e9:.2f} GB {row.predicted_ms:.2f} ms; {row.target}"
-        )
-        if args.dry:
-            continue
-        for line in run_row(row, args.repeats):
-            print("  ", {k: v for k, v in line.items() if k not in ("op", "case", "device")})
-            if args.out:
-                with args.out.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-        torch.cuda.empty_cache()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

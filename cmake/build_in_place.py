@@ -37,6 +37,8 @@ def main() -> int:
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DPIECE_OPS_CUDA=ON"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DPIECE_OPS_VERSION={version}"]
+    # Compilers that nobody has tried this with may warn of more; here the kernels are to run.
+    configure += ["-DPIECE_OPS_WERROR=OFF"]
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     try:

@@ -7,7 +7,9 @@ file(GLOB piece_ops_cuda_bindings CONFIGURE_DEPENDS csrc/binding/cuda*.cpp)
 piece_ops_add_module(_emulation
   ${piece_ops_cuda_sources} ${piece_ops_cuda_bindings} csrc/binding/emulation.cpp
   csrc/binding/errors.cpp)
-add_library(piece_ops_simt OBJECT csrc/test/simt/simt.cpp)
+add_library(piece_ops_simt OBJECT
+  csrc/test/simt/fibers.cpp csrc/test/simt/grid.cpp csrc/test/simt/meetings.cpp
+  csrc/test/simt/traffic.cpp)
 # Mistakes that must be noticed; run by python_tests/test_cuda_simt.py.
 add_executable(planted csrc/test/simt/planted.cpp)
 foreach(target _emulation planted piece_ops_simt)

@@ -436,6 +436,13 @@ def check_sparse_adamw_(
                 f"weight) or {dense} (dense), got {got}"
             )
     check_same_device(op, weights, indices, values, grads, exp_avgs, exp_avg_sqs)
+    check_adamw_numbers(step, lr, beta1, beta2, eps, weight_decay)
+
+
+def check_adamw_numbers(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    op = "sparse_adamw_"
     for argument, number, fits, wanted in (
         ("step", step, step >= 1, "at least 1"),
         ("lr", lr, 0 <= lr < float("inf"), "finite and not negative"),

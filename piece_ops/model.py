@@ -8,19 +8,22 @@ never written.
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piece_ops._inject import Target, inject, is_injected, owners_of, restore
+from piece_ops import _state
+from piece_ops._inject import Target, inject, restore
+from piece_ops._sync import check_live, write_changed
 from piece_ops._taps import place_taps
+from piece_ops._wrap import Forward, ValueTree, make_targets
 from piece_ops.delta.record import Delta
 from piece_ops.delta.trained import delta_of
-from piece_ops.functional import gather, scatter_
-from piece_ops.importance.candidates import DTYPES
 from piece_ops.selection import Selection
 
 
@@ -41,8 +44,8 @@ class PieceModel(nn.Module):
     Attributes
     ----------
     model : nn.Module
-        The wrapped model, with its own parameter names: ``model.state_dict()`` and
-        ``model.save_pretrained()`` write ordinary files.
+        The wrapped model, with its own parameter names: its ``state_dict()`` and
+        ``save_pretrained()`` are those of an ordinary model.
     values : nn.Module
         Holds the trainable parameters: ``values.<name of the dense parameter>``, float32 [k_t].
     selection : Selection
@@ -94,30 +97,39 @@ class PieceModel(nn.Module):
 
     def __init__(self, model: nn.Module, selection: Selection) -> None:
         super().__init__()
-        where = "piece_ops.PieceModel"
-        targets = _make_targets(model, selection, where)
-        frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        inject(targets)
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
+        targets = make_targets(model, selection, "piece_ops.PieceModel")
         self.model = model
-        self.values = ValueTree({target.name: target.values for target in targets})
-        self.selection = selection
-        self._targets, self._frozen = targets, frozen
         # transformers' Trainer reads the signature to know which columns the model takes.
-        self.forward = _Forward(model)
+        self.forward = Forward(model)  # type: ignore[method-assign]
+        self._earlier: Delta | None = None  # what earlier selections changed, see reselect_
+        self._absent: set[str] = set()
+        register: Any = self.register_load_state_dict_post_hook
+        register(_after_load)
+        self._wrap(targets, selection)
+
+    def _wrap(self, targets: list[Target], selection: Selection) -> None:
+        self._frozen = [
+            (parameter, parameter.requires_grad) for parameter in self.model.parameters()
+        ]
+        inject(targets)
+        for parameter, _ in self._frozen:
+            parameter.requires_grad_(False)
+        self.values = ValueTree({target.name: target.values for target in targets})
+        self.selection, self._targets = selection, targets
         self._connect()
 
     def _connect(self) -> None:
-        for target in self._targets:
-            values: Any = target.values
-            values.piece_target = target  # how SparseAdamW finds the weight
-            values.register_post_accumulate_grad_hook(target.mark_touched)
         model: Any = self.model
-        self._handles = [
+        self._handles: list[Any] = [
+            # Of both: trl's trainers give this module a forward that calls parts of the other one.
+            self.register_forward_pre_hook(self._before_forward),
             model.register_forward_pre_hook(self._before_forward),
             model.register_state_dict_pre_hook(self._before_state_dict),
         ]
+        for target in self._targets:
+            values: Any = target.values
+            values.piece_target = target  # how SparseAdamW finds the weight
+            self._handles.append(values.register_post_accumulate_grad_hook(target.mark_touched))
         # transformers' tie_weights() asks for parameters by name and checks that they are some.
         model.get_parameter = self._get_parameter
 
@@ -148,6 +160,14 @@ class PieceModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """The wrapped model's forward; an instance's has that one's signature.
+
+        transformers' Trainer reads the class's, too: arguments with "label" in their names are
+        what it needs for a loss in evaluation. Models with other ones need its ``label_names``.
+        """
+        return self.model(*args, labels=labels, **kwargs)
+
     # ------------------------------------------------------------------------------------- values
 
     # Reads version counters, so it runs outside compiled graphs.
@@ -165,41 +185,10 @@ class PieceModel(nn.Module):
             After `unload`, or when one of the weights has been replaced by another parameter.
         """
         self._check_live("sync_")
-        stale, suspects = [], []
-        for target in self._targets:
-            if target.values._version != target.synced_version:
-                stale.append(target)
-            elif target.touched:
-                suspects.append(target)
-        if suspects:
-            held = gather([t.weight for t in suspects], [t.indices for t in suspects])
-            for target, now in zip(suspects, held, strict=True):
-                if not torch.equal(now, target.values.to(now.dtype)):
-                    stale.append(target)
-                target.touched = False
-        if stale:
-            scatter_(
-                [target.weight for target in stale],
-                [target.indices for target in stale],
-                [target.values for target in stale],
-            )
-            for target in stale:
-                target.mark_synced()
-        return len(stale)
+        return write_changed(self._targets)
 
     def _check_live(self, function: str) -> None:
-        for target in self._targets:
-            if not target.active:
-                raise RuntimeError(
-                    f"piece_ops.PieceModel.{function}: the model has been unloaded; wrap it again"
-                )
-            for module, attribute in target.owners:
-                if module._parameters.get(attribute) is not target.weight:
-                    raise RuntimeError(
-                        f"piece_ops.PieceModel.{function}: the wrapped model must keep its "
-                        f"parameters, but {target.name!r} has been replaced; call unload() before "
-                        "changing the model"
-                    )
+        check_live(self._targets, f"piece_ops.PieceModel.{function}")
 
     def delta(
         self,
@@ -231,7 +220,7 @@ class PieceModel(nn.Module):
             After `unload`.
         """
         self.sync_()
-        return delta_of(
+        last = delta_of(
             self.model,
             self._targets,
             changed_only=changed_only,
@@ -240,6 +229,47 @@ class PieceModel(nn.Module):
             task=task,
             parent=parent,
         )
+        if self._earlier is None:
+            return last
+        whole = self._earlier.then(last)
+        return replace(whole, base=last.base, method=last.method, task=task, parent=last.parent)
+
+    def reselect_(self, select: Callable[[nn.Module], Selection]) -> None:
+        """Go on with another selection of the same model, in this wrapper.
+
+        What has left the selection stays in the weights as trained, and in `delta`. The values are
+        other parameters afterwards: make a new optimizer for them, `SparseAdamW.carry_over` moves
+        the state (and the float32 masters). The `state_dict` of a model that has selected again
+        loads into this very wrapper only: what earlier selections changed is not in it.
+
+        Parameters
+        ----------
+        select : callable
+            Is given the model, not wrapped, with the weights of this moment; returns a Selection.
+            When it fails, everything is as it was.
+
+        Examples
+        --------
+        >>> import torch, piece_ops
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> model = piece_ops.PieceModel(layer, piece_ops.estimate(layer, method="random", k=3))
+        >>> model.reselect_(lambda layer: piece_ops.estimate(layer, method="magnitude", k=2))
+        >>> model.selection.k
+        2
+        """
+        part, targets, selection = self.delta(), self._targets, self.selection
+        thawed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            chosen = select(self.unload())
+            targets = make_targets(self.model, chosen, "piece_ops.PieceModel.reselect_")
+            selection = chosen
+            self._earlier = part
+        finally:
+            for target in targets:
+                target.active = True
+            self._wrap(targets, selection)
+            for parameter in thawed:
+                parameter.requires_grad_(True)
 
     def unload(self) -> nn.Module:
         """Write the values, give the model its classes and ``requires_grad`` flags back, return it.
@@ -257,10 +287,9 @@ class PieceModel(nn.Module):
             parameter.requires_grad_(required)
         return self.model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """``save_pretrained`` of the wrapped model, after writing the values into it."""
-        self.sync_()
-        return self.model.save_pretrained(*args, **kwargs)  # type: ignore[operator]
+    def merge_and_unload(self) -> nn.Module:
+        """`unload`, by the name that PEFT has for it: the values are in the weights already."""
+        return self.unload()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable values and of all parameters of the model."""
@@ -277,34 +306,91 @@ class PieceModel(nn.Module):
 
     # ---------------------------------------------------------------- saving, moving and copying
 
-    def _repeated_names(self) -> list[tuple[str, str]]:
-        """(further name, first name) of each parameter that the model holds more than once."""
-        first: dict[int, str] = {}
-        pairs = [
-            (name, first.setdefault(id(parameter), name))
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-        ]
-        return [(name, kept) for name, kept in pairs if name != kept]
+    def save_pretrained(self, folder: str | os.PathLike[str], **settings: Any) -> Path:
+        """Write what was trained as a delta, ``piece_delta.safetensors``; return its path.
+
+        All selected coordinates are in it, unchanged ones too, so that `from_pretrained` can go
+        on. At most 8 bytes each for 16-bit weights; the masters are rounded like the weights.
+        The whole model: ``model.model.save_pretrained()``, or that of `merge_and_unload`'s result.
+
+        Parameters
+        ----------
+        folder : path
+            Made when it is not there.
+        **settings
+            ``task``, ``base``, ``parent`` of `delta`.
+        """
+        return self.delta(**settings, changed_only=False).save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Upload what `save_pretrained` writes; settings are those of `Delta.push_to_hub`."""
+        return self.delta(changed_only=False).push_to_hub(repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> PieceModel:
+        """Apply a saved delta to its base model and wrap that for further training.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The base model, not wrapped.
+        source : str or path
+            A folder of `save_pretrained`, a file, or a repository on the hub; see
+            `Delta.from_pretrained`. The delta's coordinates become the selection.
+
+        Raises
+        ------
+        ValueError
+            When the delta is damaged or was made on another model, which is then untouched.
+        """
+        delta = Delta.from_pretrained(source, revision=revision, token=token)
+        delta.apply_(model)
+        try:
+            wrapped = cls(
+                model, Selection(delta.indices, delta.shapes, delta.total, delta.method or "custom")
+            )
+        except BaseException:
+            delta.revert_(model)
+            raise
+        for target in wrapped._targets:  # what it has changed is counted from the base
+            target.base_values = delta.base_values[target.name].cpu()
+        return wrapped
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Values and dense weights; a tied weight under its first name only.
+        """What training changes: some 8 bytes per selected coordinate, see below.
 
-        So that safetensors, and with it transformers' ``Trainer``, can write it.
+        Entries: ``values.<name>`` float32 [k_t]; ``positions.<name>`` int32 (int64 from 2^31
+        elements on); ``base`` uint8 [32], a digest of the weights that were there before;
+        ``model.<name>`` of the wrapped model's buffers and of parameters that were unfrozen. It
+        loads into a model wrapped with the same selection of the same base, RuntimeError
+        otherwise. The whole model's is ``model.model.state_dict()``.
         """
         state = super().state_dict(*args, **kwargs)
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-        for name, _ in self._repeated_names():
-            state.pop(f"{prefix}model.{name}", None)
+        _state.reduce_(state, prefix, self.model, self._targets, self._earlier)
         return state
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
     ) -> None:
-        for name, kept in self._repeated_names():
-            if f"{prefix}model.{kept}" in state_dict:
-                state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{kept}"])
+        self._check_live("load_state_dict")
+        if metadata.get("assign_to_params_buffers"):
+            raise RuntimeError(
+                "piece_ops.PieceModel.load_state_dict: assign must be False, since weights and "
+                "optimizers know the values that are there, got True"
+            )
+        self._absent = _state.accept(
+            state_dict, prefix, self.model, self._targets, self._earlier, lists[0]
+        )
         base: Any = super()
-        base._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        base._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PieceModel:
         """`to`, `half` and the like: the values stay float32, positions follow their weights."""
@@ -317,82 +403,11 @@ class PieceModel(nn.Module):
         return self
 
 
-class _Forward:
-    """Calls a model, with the signature of its forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.model.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
-class ValueTree(nn.Module):
-    """Parameters under dotted names: ``values.model.layers.0.mlp.up_proj.weight``."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        for name, parameter in parameters.items():
-            *path, leaf = name.split(".")
-            node: nn.Module = self
-            for part in path:
-                # Written directly: a module may bear a name ("type") that register_module refuses.
-                node = node._modules.setdefault(part, ValueTree({}))  # type: ignore[assignment]
-            node._parameters[leaf] = parameter
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueTree:
-        def keep_float32(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if result.dtype != torch.float32 else result
-
-        base: Any = super()
-        base._apply(keep_float32, recurse)
-        return self
-
-
-def _make_targets(model: nn.Module, selection: Selection, where: str) -> list[Target]:
-    """Check everything there is to check; changes nothing."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(selection, Selection):
-        raise TypeError(f"{where}: selection must be a Selection, got {type(selection).__name__}")
-    if isinstance(model, PieceModel) or any(is_injected(module) for module in model.modules()):
-        raise ValueError(
-            f"{where}: model must not be wrapped already, got one that is; call its unload() first"
-        )
-    if selection.k == 0:
-        raise ValueError(f"{where}: selection must hold at least one coordinate, got none")
-    selection.check_fits(model)
-    parameters = dict(model.named_parameters())
-    names = [name for name in parameters if name in selection.indices]
-    owners = owners_of(model, names)
-    for name in names:
-        weight = parameters[name]
-        if weight.dtype not in DTYPES:
-            raise TypeError(
-                f"{where}: selected weights must be float32, bfloat16 or float16, got "
-                f"{weight.dtype} for {name!r}"
-            )
-        if not weight.is_contiguous():
-            raise ValueError(
-                f"{where}: selected weights must be contiguous, got strides {weight.stride()} for "
-                f"{name!r}; set its data to data.contiguous() first"
-            )
-        for module, _ in owners[name]:
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"{where}: modules must be Python modules, got a ScriptModule for {name!r}"
-                )
-    indices = [selection.indices[name].to(parameters[name].device) for name in names]
-    weights = [parameters[name].detach() for name in names]
-    targets = []
-    for name, positions, held in zip(names, indices, gather(weights, indices), strict=True):
-        master = nn.Parameter(held.to(torch.float32, copy=True))
-        target = Target(name, parameters[name], positions, master, owners[name], held.cpu())
-        target.mark_synced()
-        targets.append(target)
-    return targets
+def _after_load(model: PieceModel, incompatible: Any) -> None:
+    """A hook, run after everything was loaded: values to weights; frozen ones are not missing."""
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if key not in model._absent]
+    model._absent = set()
+    for target in model._targets:
+        target.synced_version = -1
+    model.sync_()

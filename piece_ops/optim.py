@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ops.backends import ADAMW_STEPS
 from piece_ops.functional import sparse_adamw_
+
+_NO_VALUES = "piece_ops.SparseAdamW: there must be values of a PieceModel to train"
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -65,8 +68,11 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        self._steps: dict[int, Callable[..., None]] = {}  # by parameter group
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(f"{_NO_VALUES}, got none in {len(self.param_groups)} groups")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add values with settings of their own; nothing is added when one of them is wrong."""
@@ -84,11 +90,8 @@ class SparseAdamW(torch.optim.Optimizer):
                     f"{type(parameter).__name__} that requires grad; wrap the model with "
                     "PieceModel(model, selection) first, or use torch.optim.AdamW"
                 )
-        if not kept:
-            raise ValueError(
-                f"{where}: there must be values of a PieceModel to train, got none among "
-                f"{len(given)} parameters"
-            )
+        if given and not kept:  # transformers' Trainer gives an empty group where all decay
+            raise ValueError(f"{_NO_VALUES}, got none among {len(given)} parameters")
         settings = {**self.defaults, **param_group}
         _check_settings(settings, where)
         super().add_param_group({**param_group, "params": kept})
@@ -126,7 +129,7 @@ class SparseAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], step: int, members: list[nn.Parameter]) -> None:
         targets = [values.piece_target for values in members]  # type: ignore[attr-defined]
         states = [self.state[values] for values in members]
-        sparse_adamw_(
+        self._call_for(group, members[0].device.type)(
             [target.weight for target in targets],
             [target.indices for target in targets],
             members,
@@ -142,6 +145,20 @@ class SparseAdamW(torch.optim.Optimizer):
         for target, state in zip(targets, states, strict=True):
             state["step"] = step
             target.mark_synced()
+
+    def _call_for(self, group: dict[str, Any], device: str) -> Callable[..., None]:
+        """``sparse_adamw_``, or what the device has for the same tensors again and again."""
+        if device not in ADAMW_STEPS:
+            return sparse_adamw_
+        position = next(i for i, other in enumerate(self.param_groups) if other is group)
+        if position not in self._steps:
+            self._steps[position] = ADAMW_STEPS[device]()
+        return self._steps[position]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied, unpickled or loaded optimizer has other tensors to step on."""
+        super().__setstate__(state)
+        self._steps = {}
 
     @staticmethod
     def _check_values(values: nn.Parameter) -> None:

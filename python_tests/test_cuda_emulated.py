@@ -21,6 +21,8 @@ from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops.backends import _cuda_runtime, cuda
+from piece_ops.backends._lists import matrix
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers.cases import BF16, DTYPES, F16, F32, F64, draw, pick, some_positions
 from helpers.compare import assert_all_bits_equal, assert_bits_equal
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 OPS = torch.ops.piece_ops
 CONTRACTS = {
     "small": ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total"),
+    "sampled": ("sampled_weight_grad",),
     "select_topk": ("select_topk", "select_topk_errors"),
 }
 MIXED = (F32, BF16, F16)
@@ -170,6 +173,21 @@ def test_total(emulated: Any, rng: torch.Generator) -> None:
         assert_bits_equal(cuda.total(x), OPS.total(x), f"{len(sizes)} tensors")
 
 
+def test_sampled_weight_grad(
+    emulated: Any, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks of tokens at once, and two at a time."""
+    for dtypes in ((F32, F32), (BF16, BF16), (F16, BF16)):
+        g = torch.randn(1100, 90, generator=rng).to(dtypes[0])
+        x = torch.randn(1100, 50, generator=rng).to(dtypes[1])
+        indices = some_positions(4500, pick(rng, (0.01, 0.1)), rng)
+        want = OPS.sampled_weight_grad(g, x, indices)
+        assert_bits_equal(cuda.sampled_weight_grad(g, x, indices), want, f"{dtypes}")
+        two = 2 * emulated.extension.cuda_sampled_weight_grad_bytes(matrix(x), indices.numel())
+        monkeypatch.setattr(cuda, "SAMPLED_SCRATCH_BYTES", two + 1)
+        assert_bits_equal(cuda.sampled_weight_grad(g, x, indices), want, f"{dtypes}, in steps")
+
+
 def test_ten_thousand_tensors(emulated: Any, rng: torch.Generator) -> None:
     grads = [torch.randn(n % 5, generator=rng) for n in range(10_000)]
     want, got = ([torch.zeros(g.numel()) for g in grads] for _ in range(2))
@@ -195,7 +213,7 @@ def test_one_launch_and_a_kept_table(emulated: Any, extension: ModuleType) -> No
         )
         counts.append(extension.launch_count() - before)
     assert counts == [3, 1, 1], counts
-    plan = cuda.SparseAdamwPlan(weights, indices, *lists)
+    plan = SparseAdamwPlan(weights, indices, *lists)
     before = extension.launch_count()
     plan.step(4, 1e-3)
     assert extension.launch_count() - before == 1

@@ -37,6 +37,7 @@ from helpers.cases import (
     some_positions,
 )
 from helpers.compare import assert_bits_equal, assert_same_selection
+from helpers.emulated_select_topk import sampled_positions
 
 ALGORITHMS = ("auto", "filter", "radix")
 TILE, SPARSE_TILE, SMALL = 4096, 32768, 65536  # csrc/cuda/select_topk_types.h, ops/select_topk.h
@@ -346,18 +347,6 @@ def test_wrong_maxima_are_refused(extension: ModuleType) -> None:
 
 
 # ---- rounds -----------------------------------------------------------------------------------
-
-
-def sampled_positions(n: int) -> Tensor:
-    """The positions that the sample looks at (select_topk_bound.cu)."""
-    length = max(min(max(n // 8192, 16), 4096), n >> 19)
-    mask, found = (1 << 64) - 1, []
-    for s in range((n + length - 1) // length):
-        h = (s * 0x9E3779B97F4A7C15) & mask
-        h = ((h ^ (h >> 29)) * 0xBF58476D1CE4E5B9) & mask
-        own = min(length, n - s * length)
-        found.append(s * length + (((h >> 32) * own) >> 32))
-    return torch.tensor(found)
 
 
 def test_a_sample_that_sees_all_large_scores_misses(extension: ModuleType, rng: Generator) -> None:

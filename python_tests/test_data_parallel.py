@@ -60,8 +60,8 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(
 def test_the_state_has_the_names_of_the_wrapped_model(ranks: list[dict[str, Any]]) -> None:
     keys = ranks[0]["plain"]["keys"]
     assert "module.values.model.layers.0.mlp.up_proj.weight" in keys
-    assert "module.model.model.layers.0.mlp.up_proj.weight" in keys
-    assert "module.model.lm_head.weight" not in keys  # tied
+    assert "module.positions.model.layers.0.mlp.up_proj.weight" in keys and "module.base" in keys
+    assert not any(key.startswith("module.model.") for key in keys)
 
 
 def test_layers_that_a_step_does_not_use(ranks: list[dict[str, Any]]) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import piece_ops.importance.statistics as statistics_module
+import piece_ops.importance.rules as rules
 from piece_ops import reference
 from piece_ops.importance import METHODS, Importance, estimate
-from piece_ops.selection import Selection
 
+from helpers.plain_importance import (
+    BATCHES,
+    OTHER_BATCHES,
+    assert_same,
+    embedding_names,
+    plain_sums,
+    plain_top,
+    rows_of,
+)
 from helpers.tiny_models import MODELS, batch, gpt2, llama
 
 
@@ -23,57 +30,6 @@ from helpers.tiny_models import MODELS, batch, gpt2, llama
 def one_thread(reproducible: None) -> None:
     """These models are too small to share; a second thread only waits."""
     torch.set_num_threads(1)
-
-
-BATCHES = [batch(3, 7, seed=1), batch(2, 5, seed=2)]
-OTHER_BATCHES = [batch(4, 6, seed=3)]
-
-
-def rows_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: value[row : row + 1] for key, value in one.items()}
-        for one in batches
-        for row in range(len(one["input_ids"]))
-    ]
-
-
-def plain_sums(model: nn.Module, samples: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """Sum of gradients and of their squares in float32, the plain way."""
-    sums = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-    squares = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-    for sample in samples:
-        model.zero_grad()
-        model(**sample).loss.backward()
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad.float()
-            sums[name] += gradient
-            squares[name] += gradient * gradient
-    model.zero_grad()
-    return sums, squares
-
-
-def plain_top(scores: dict[str, torch.Tensor], k: int) -> tuple[dict[str, torch.Tensor], float]:
-    """The k largest, equal ones by position; and the smallest of them."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    chosen = torch.sort(flat, descending=True, stable=True).indices[:k]
-    start, result = 0, {}
-    for name, score in scores.items():
-        inside = chosen[(chosen >= start) & (chosen < start + score.numel())] - start
-        if inside.numel():
-            result[name] = inside.sort().values
-        start += score.numel()
-    return result, float(flat[chosen[-1]])
-
-
-def assert_same(selection: Selection, indices: dict[str, torch.Tensor]) -> None:
-    assert list(selection.indices) == list(indices)
-    for name, positions in indices.items():
-        assert torch.equal(selection.indices[name], positions), name
-
-
-def embedding_names(model: nn.Module) -> set[str]:
-    owned = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {name for name, p in model.named_parameters() if id(p) in owned}
 
 
 # ----------------------------------------------------------------------------- against plain torch
@@ -85,7 +41,9 @@ def test_selection_equals_the_plain_loop(method: str, model_name: str) -> None:
     model = MODELS[model_name]()
     total = sum(p.numel() for p in model.parameters())
     k = max(1, int(0.01 * total))
-    settings = {"reference": OTHER_BATCHES} if method == "piece-g" else {}
+    settings: dict[str, Any] = {"per_sample": "loop"}
+    if method == "piece-g":
+        settings["reference"] = OTHER_BATCHES
     got = estimate(model, BATCHES, method, density=0.01, seed=5, **settings)
 
     sums, squares = plain_sums(model, rows_of(BATCHES))
@@ -124,7 +82,7 @@ def test_threshold_and_xi_are_on_the_scale_of_means() -> None:
         means = {m: (sums[m] / n).double() for m in names}
         fisher = {m: (squares[m] / n).double() for m in names}
         scores = {m: means[m].abs() / (fisher[m] + xi).sqrt() for m in names}
-        got = estimate(model, BATCHES, "piece-s", k=40, xi=xi)
+        got = estimate(model, BATCHES, "piece-s", k=40, xi=xi, per_sample="loop")
         _, threshold = plain_top(scores, 40)
         assert got.threshold == pytest.approx(threshold, rel=1e-5)
         for name, positions in got.indices.items():
@@ -138,7 +96,7 @@ def test_right_padding_is_cut_off_and_changes_nothing_but_rounding() -> None:
     forward = model.model.embed_tokens.register_forward_pre_hook(
         lambda _m, args: lengths.append(args[0].shape[1])
     )
-    importance = Importance(model, "piece-s")
+    importance = Importance(model, "piece-s", per_sample="loop")
     importance.update(padded)
     forward.remove()
     assert lengths == padded["attention_mask"].sum(1).tolist()
@@ -237,82 +195,6 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
         assert torch.equal(results[0]._sums[name], results[1]._sums[name]), name
 
 
-# --------------------------------------------------------------------------------------- reference
-
-
-def test_reference_sources_enter_as_means(tmp_path: Path) -> None:
-    model = llama()
-    stored = Importance(model, "piece-f")
-    stored.update(BATCHES[1])
-    stored.save(tmp_path / "task.safetensors")
-    path = tmp_path / "task.safetensors"
-    importance = Importance(model, "piece-g", reference=[OTHER_BATCHES, stored, path])
-    importance.update(BATCHES[0])
-    got = importance.select(k=50)
-
-    sums, _ = plain_sums(model, rows_of(BATCHES[:1]))
-    _, one = plain_sums(model, rows_of(OTHER_BATCHES))
-    _, two = plain_sums(model, rows_of(BATCHES[1:]))
-    fisher = {n: (one[n] / 4 + two[n] / 2) + two[n] / 2 for n in importance.names}
-    c = sum(float(f.double().sum()) for f in fisher.values()) / importance.candidate_count
-    scores = {n: sums[n].abs() / (fisher[n] + torch.tensor(c)) for n in importance.names}
-    indices, threshold = plain_top(scores, 50)
-    assert_same(got, indices)
-    assert got.threshold == pytest.approx(threshold / 3, rel=1e-6)
-
-
-def test_an_open_and_a_finished_reference_add_up() -> None:
-    model = llama()
-    both, finished = Importance(model, "piece-g"), Importance(model, "piece-g")
-    for importance in (both, finished):
-        importance.update(BATCHES[0])
-        importance.update_reference(BATCHES[1])
-        importance.finish_reference()
-        importance.update_reference(OTHER_BATCHES[0])
-    finished.finish_reference()
-    one, two = both.select(k=30), finished.select(k=30)
-    assert_same(one, two.indices)
-    assert one.threshold == two.threshold
-
-
-def test_self_reference_is_repeatable_and_leaves_random_state_and_modes_alone() -> None:
-    model = llama()
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    state = torch.random.get_rng_state()
-    texts: list[torch.Tensor] = []
-    watch = model.register_forward_pre_hook(
-        lambda _m, _a, kw: texts.append(kw["labels"]) if kw.get("labels") is not None else None,
-        with_kwargs=True,
-    )
-    settings = {"reference": "self", "reference_samples": 5, "reference_tokens": 6}
-    first = estimate(model, BATCHES, "piece-g", k=20, **settings)
-    watch.remove()
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == modes
-    torch.manual_seed(99)
-    again = estimate(model, BATCHES, "piece-g", k=20, **settings)
-    assert_same(first, again.indices)
-    other = estimate(model, BATCHES, "piece-g", k=20, seed=1, **settings)
-    assert other.threshold != first.threshold
-    sampled = texts[:5]
-    for text in sampled:  # BOS, then every sampled token labelled, ending with the first EOS
-        assert text[0, 0] == 1 and text.shape[0] == 1 and 2 <= text.shape[1] <= 7
-        assert 2 not in text[0, 1:-1].tolist()
-
-
-def test_self_reference_needs_a_model_that_writes() -> None:
-    layer = nn.Linear(2, 2)
-    importance = Importance(layer, "piece-g", loss_fn=lambda m, b: m(b).sum(), reference="self")
-    with pytest.raises(ValueError, match=r"reference='self' needs a model with generate\(\)"):
-        importance.run_reference()
-    model = llama()
-    model.generation_config.bos_token_id = model.config.bos_token_id = None
-    with pytest.raises(ValueError, match="bos_token_id"):
-        estimate(model, BATCHES, "piece-g", k=1, reference="self")
-
-
 # -------------------------------------------------------------------------------------- candidates
 
 
@@ -353,7 +235,7 @@ def test_excluded_positions_are_not_chosen() -> None:
 def test_each_gradient_is_freed_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     seen: list[weakref.ref[torch.Tensor]] = []
-    real = statistics_module.accumulate_squares_
+    real = rules.accumulate_squares_
 
     def watched(squares: Any, grads: Any, sums: Any) -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -361,8 +243,8 @@ def test_each_gradient_is_freed_before_the_next_one(monkeypatch: pytest.MonkeyPa
         real(squares, grads, sums)
         seen.extend(weakref.ref(grad) for grad in grads.values())
 
-    monkeypatch.setattr(statistics_module, "accumulate_squares_", watched)
-    importance = Importance(model, "piece-s")
+    monkeypatch.setattr(rules, "accumulate_squares_", watched)
+    importance = Importance(model, "piece-s", per_sample="loop")
     importance.update(BATCHES[0])
     assert len(seen) == 3 * len(importance.names)
 
@@ -525,81 +407,4 @@ def test_a_progress_bar_shows_the_batches(capsys: pytest.CaptureFixture[str]) ->
     settings = {"reference": "self", "reference_samples": 2, "reference_tokens": 3}
     estimate(llama(), BATCHES, "piece-g", k=1, progress=True, **settings)
     shown = capsys.readouterr().err
-    assert "importance" in shown and "self texts" in shown and "2/2" in shown
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("method", ["piece-f", "piece-s", "piece-g", "random"])
-def test_saved_statistics_go_on_as_if_nothing_had_happened(method: str, tmp_path: Path) -> None:
-    model, path = llama(), tmp_path / "statistics.safetensors"
-    whole = Importance(model, method, seed=3)
-    half = Importance(model, method, seed=3)
-    for importance in (whole, half):
-        if method == "piece-g":
-            importance.update_reference(OTHER_BATCHES[0])
-            importance.finish_reference()
-            importance.update_reference(BATCHES[1])
-        if method != "random":
-            importance.update(BATCHES[0])
-    half.save(path)
-    loaded = Importance.load(path, model)
-    assert loaded.sample_count == half.sample_count and loaded.names == half.names
-    if method != "random":
-        whole.update(BATCHES[1])
-        loaded.update(BATCHES[1])
-    assert_same(loaded.select(k=25), whole.select(k=25).indices)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.safetensors"
-    importance = Importance(llama())
-    importance.update(BATCHES[0])
-    importance.save(path)
-    with pytest.raises(ValueError, match=r"must fit the model.*q_proj\.weight' .*model: none"):
-        Importance.load(path, nn.Linear(2, 2))
-    other = llama()
-    other.lm_head = nn.Linear(24, 7, bias=False)
-    with pytest.raises(ValueError, match=r"'lm_head\.weight' \[61, 24\] \(model: \[7, 24\]\)"):
-        Importance.load(path, other)
-    only_norm = Importance(llama(), include="model.norm.weight")
-    only_norm.update(BATCHES[0])
-    with pytest.raises(ValueError, match="cover every candidate"):
-        Importance(llama(), "piece-g").add_reference(only_norm)
-    no_squares = Importance(llama(), "gradient")
-    with pytest.raises(ValueError, match="must hold square sums"):
-        Importance(llama(), "piece-g").add_reference(no_squares)
-
-
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.safetensors"
-    importance = Importance(llama())
-    importance.update(BATCHES[0])
-    importance.save(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        Importance.load(path, llama())
-    estimate(llama(), method="magnitude", k=3).save(path)
-    with pytest.raises(ValueError, match=r"must hold 'piece_ops\.importance'"):
-        Importance.load(path, llama())
-    with pytest.raises(FileNotFoundError, match="wanted a file"):
-        Importance.load(tmp_path / "none", llama())
-
-
-def test_saving_fails_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "statistics.safetensors"
-    importance = Importance(llama())
-    importance.update(BATCHES[0])
-    importance.save(path)
-    content = path.read_bytes()
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("piece_ops._files.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        importance.save(path)
-    assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    assert "importance" in shown and "self texts" in shown and "1/1" in shown

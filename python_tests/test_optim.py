@@ -224,6 +224,10 @@ def test_ordinary_parameters_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="got none among 1 parameters"):
         SparseAdamW([nn.Parameter(torch.zeros(2), requires_grad=False)])
+    values = list(wrapped.values.parameters())
+    assert len(SparseAdamW([{"params": values}, {"params": []}]).param_groups) == 2
+    with pytest.raises(ValueError, match="got none in 1 groups"):
+        SparseAdamW([{"params": []}])
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from piece_ops import PieceModel, Selection, SparseAdamW, estimate
+from piece_ops import Importance, PieceModel, Selection, SparseAdamW, estimate
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,37 @@ def test_selection_survives_the_disk(model_and_batches: Any, tmp_path: Path) -> 
     again = Selection.load(tmp_path / "chosen.safetensors")
     again.check_fits(model)
     assert all(torch.equal(again.indices[name], chosen.indices[name]) for name in chosen.indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_batched_pass_selects_what_the_loop_does(
+    model_and_batches: Any, dtype: torch.dtype
+) -> None:
+    """In float32 but for coordinates that lie on the threshold; in bfloat16 nearly."""
+    original, batches = model_and_batches
+    model = copy.deepcopy(original).to(dtype)
+    length = max(one["input_ids"].shape[1] for one in batches)
+    padding = [length - one["input_ids"].shape[1] for one in batches]
+    fill = {"input_ids": 0, "labels": -100}
+    padded = {
+        key: torch.cat(
+            [F.pad(one[key], (0, n), value=v) for one, n in zip(batches, padding, strict=True)]
+        )
+        for key, v in fill.items()
+    }
+    lengths = length - torch.tensor(padding)
+    padded["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    batched, loop = Importance(model), Importance(model, per_sample="loop")
+    for importance in (batched, loop):
+        importance.update(padded)
+    assert batched.looped == {} and batched.sample_count == len(batches)
+    got, wanted = batched.select(density=1e-3), loop.select(density=1e-3)
+    common = 0
+    for name, positions in wanted.indices.items():
+        mine = got.indices.get(name, torch.empty(0, dtype=torch.int64))
+        both = torch.isin(mine, positions)
+        common += int(both.sum())
+        if dtype == torch.float32:
+            scores = loop._square_sums[name].flatten()[mine[~both]] / loop.sample_count
+            torch.testing.assert_close(scores, torch.full_like(scores, wanted.threshold))
+    assert common >= (0.9999 if dtype == torch.float32 else 0.98) * wanted.k

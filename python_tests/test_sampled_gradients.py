@@ -112,6 +112,16 @@ def test_embedding(padding: int | None, density: float, dtype: torch.dtype) -> N
     assert not none["weight"].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    torch.set_default_dtype(dtype)
+    try:
+        wrap_and_check(layer, lambda: layer(x).square().sum(), select(layer, 0.5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("settings", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_embeddings_with_a_rule_of_their_own_keep_it(settings: dict[str, Any]) -> None:
     layer, ids = nn.Embedding(9, 4, **settings), torch.tensor([1, 2, 2, 8])

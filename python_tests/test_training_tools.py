@@ -31,46 +31,86 @@ def wrap(**settings: Any) -> PieceModel:
     return PieceModel(model, estimate(model, [DATA], "piece-f", density=0.02))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["trainer's own AdamW", "SparseAdamW"])
-def test_trainer_trains_saves_and_resumes(fused: bool, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")  # Trainer needs it; piece_ops does not
+ROWS = [{key: value[0] for key, value in batch(1, 7, seed=n).items()} for n in range(16)]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def trainer(folder: Path, how: str, **settings: Any) -> Any:
+    """A Trainer of a wrapped bfloat16-autocast model with all that goes into a real run."""
     from transformers import Trainer, TrainingArguments
 
-    rows = [{key: value[0] for key, value in batch(1, 7, seed=n).items()} for n in range(16)]
+    wrapped = wrap(tied=True)
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        bf16=True,
+        load_best_model_at_end=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    given: dict[str, Any] = {}
+    if how == "optimizers":
+        given["optimizers"] = (SparseAdamW(wrapped.parameters(), lr=1e-2), None)
+    elif how == "optimizer_cls_and_kwargs":
+        given["optimizer_cls_and_kwargs"] = (SparseAdamW, {"lr": 1e-2})
+    return Trainer(wrapped, arguments, train_dataset=ROWS, eval_dataset=ROWS[:4], **given)
 
-    def trainer(folder: str, steps: int) -> tuple[PieceModel, Any]:
-        wrapped = wrap(tied=True)
-        arguments = TrainingArguments(
-            str(tmp_path / folder),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=steps,
-            save_steps=2,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        optimizer = SparseAdamW(wrapped.parameters(), lr=1e-2) if fused else None
-        return wrapped, Trainer(
-            wrapped, arguments, train_dataset=rows, optimizers=(optimizer, None)
-        )
 
-    whole, run = trainer("whole", 4)
-    start = whole(**DATA).loss.item()
-    run.train()
-    _, half = trainer("half", 2)
-    half.train()
-    resumed, rest = trainer("half", 4)
-    rest.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
-    for values, again in zip(whole.values.parameters(), resumed.values.parameters(), strict=True):
-        assert torch.equal(values, again)
-    assert whole(**DATA).loss.item() != start
-    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(saved[name], weight)
+@pytest.mark.parametrize("how", ["trainer's AdamW", "optimizers", "optimizer_cls_and_kwargs"])
+def test_trainer_trains_evaluates_saves_and_resumes(how: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")  # Trainer needs it; piece_ops does not
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise Interrupted
+
+    base = wrap(tied=True).model.state_dict()
+    whole = trainer(tmp_path / "whole", how)
+    whole.train()
+    half = trainer(tmp_path / "half", how)
+    half.add_callback(Interrupt())
+    with pytest.raises(Interrupted):
+        half.train()
+    resumed = trainer(tmp_path / "half", how)
+    resumed.train(resume_from_checkpoint=True)
+    values = dict(whole.model.values.named_parameters())
+    for name, again in resumed.model.values.named_parameters():
+        assert torch.equal(values[name], again), name
+    logged = [
+        [entry for entry in t.state.log_history if "eval_loss" in entry] for t in (whole, resumed)
+    ]
+    assert len(logged[0]) == 3
+    for one, two in zip(*logged, strict=True):
+        assert one["eval_loss"] == two["eval_loss"]
+    assert logged[0][-1]["eval_loss"] < logged[0][0]["eval_loss"]
+
+    best = Path(whole.state.best_model_checkpoint)
+    kept = load_file(best / "model.safetensors")
+    assert set(kept) == set(whole.model.state_dict())
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(kept[name], weight), name
+    delta = whole.model.delta()
+    assert 0 < delta.k <= whole.model.selection.k
+    plain = whole.model.unload()
+    delta.revert_(plain)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(base[name], weight), name
 
 
 def test_data_parallel_reduces_only_the_values(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 #include "piece_ops/ops/accumulate_squares.h"
 #include "piece_ops/ops/device.h"
 #include "piece_ops/ops/gather.h"
+#include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
 #include "piece_ops/ops/sparse_adamw.h"
 #include "piece_ops/ops/total.h"
@@ -45,7 +46,8 @@ void bind_device(py::module_& m) {
     const py::gil_scoped_release unlocked;
     cuda::require_device(device);
   });
-  py::class_<Table>(m, "CudaTable")
+  // module_local: the emulation, in one process with this module, has its own.
+  py::class_<Table>(m, "CudaTable", py::module_local())
       .def_property_readonly("n_bytes", [](const Table& table) { return 8 * table.words.size(); })
       .def_readonly("count", &Table::count)
       .def_readonly("tiles", &Table::tiles)
@@ -193,6 +195,35 @@ void bind_total(py::module_& m) {
   });
 }
 
+void bind_sampled_weight_grad(py::module_& m) {
+  m.def("cuda_sampled_weight_grad_table",
+        [](const Ints& indices, const Ints& counts, const Ints& columns) {
+          SampledWeightGradArgs args{};
+          args.indices = make_index_views(indices, counts).at(0);
+          args.grad_output.columns = columns.at(0);
+          args.input.columns = columns.at(1);
+          return cuda::make_table(args);
+        });
+  m.def("cuda_sampled_weight_grad_bytes", [](const Matrix& input, int64_t count) {
+    SampledWeightGradArgs args{};
+    args.input = make_matrix(input, 0);
+    args.indices.n = count;
+    return cuda::sampled_weight_grad_bytes(args);
+  });
+  m.def("cuda_sampled_weight_grad",
+        [](const Matrix& grad_output, const Matrix& input, int64_t tokens, int64_t indices,
+           int64_t count, int64_t values, int64_t scratch, int64_t blocks_at_once, int device,
+           uint64_t stream) {
+          const SampledWeightGradArgs args{make_matrix(grad_output, tokens),
+                                           make_matrix(input, tokens),
+                                           {pointer<const int64_t>(indices), count},
+                                           pointer<float>(values)};
+          const py::gil_scoped_release unlocked;
+          cuda::sampled_weight_grad(cuda_context(device, stream), args, pointer<void>(scratch),
+                                    blocks_at_once);
+        });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -201,6 +232,7 @@ void bind_cuda(py::module_& m) {
   bind_accumulate_squares(m);
   bind_slots(m);
   bind_total(m);
+  bind_sampled_weight_grad(m);
   bind_cuda_select_topk(m);
 }
 

@@ -146,7 +146,7 @@ class SelectTopkCall {
 
 void bind_cuda_select_topk(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<SelectTopkCall>(m, "CudaSelectTopk")
+  py::class_<SelectTopkCall>(m, "CudaSelectTopk", py::module_local())
       .def(py::init<const Ints&, const Ints&, const Ints&, const Ints&, const Ints&, const Ints&,
                     const Ints&, const Ints&, Ints, bool, int, float, uint64_t, bool, int>())
       .def("table", &SelectTopkCall::table)

@@ -1,4 +1,6 @@
 // emulation.cpp - for tests: the CUDA ops over kernels that run on the CPU (csrc/test/simt).
+#include <pybind11/stl.h>
+
 #include "bind.h"
 #include "simt/simt.h"
 
@@ -13,4 +15,8 @@ PYBIND11_MODULE(_emulation, m) {
   m.def("skip_barrier", &simt::skip_barrier);
   m.def("skipped_count", &simt::skipped_count);
   m.def("launch_count", &simt::launch_count);
+  m.def("watch", [](uintptr_t address, size_t bytes) {
+    simt::watch(reinterpret_cast<void*>(address), bytes);
+  });
+  m.def("touched_pages", &simt::touched_pages);
 }

@@ -8,99 +8,35 @@
 // Scratch    the table.  Determinism  bitwise.
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
 #include "element.h"
+#include "pairs.h"
 #include "piece_ops/ops/gather.h"
-#include "slots.h"
 
 namespace piece_ops::cuda {
 
 namespace {
 
-constexpr int kSource = kFirstOwnColumn;
-constexpr int kValues = kFirstOwnColumn + 1;
-constexpr int kDTypes = kFirstOwnColumn + 2;  // of the source, of the values << 8
-constexpr int kColumns = kFirstOwnColumn + 3;
-
-// ---- kernel
-// --------------------------------------------------------------------------------------
-
-template <class Bits>
-__device__ __forceinline__ void copy_tile(const Tile& tile, const int64_t* indices,
-                                          const Bits* source, Bits* values) {
-  for_each_slot(tile, indices, [&](int64_t first, int64_t end, const int64_t* position) {
-    Bits x[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kWarp < end) x[u] = source[position[u]];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kWarp < end) values[first + u * kWarp] = x[u];
-    }
-  });
-}
-
-__device__ __forceinline__ void widen_tile(const Tile& tile, const int64_t* indices,
-                                           const void* source, DType dtype, float* values) {
-  for_each_slot(tile, indices, [&](int64_t first, int64_t end, const int64_t* position) {
-    float x[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kWarp < end) x[u] = load_float(source, dtype, position[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kWarp < end) values[first + u * kWarp] = x[u];
-    }
-  });
+template <class Value, class Load>
+__device__ __forceinline__ void gather_slots(const Slots& slots, Value* values, Load load) {
+  Value x[kUnroll];
+  slots.each([&](int u, int64_t, int64_t position) { x[u] = load(position); });
+  slots.each([&](int u, int64_t s, int64_t) { values[s] = x[u]; });
 }
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(DeviceTable table) {
-  for_each_tile(table, kSlotTile, [&](const Tile& tile) {
-    const int64_t t = tile.tensor;
-    const int64_t* indices = table_pointer<const int64_t>(table, kIndices, t);
-    const void* source = table_pointer<const void>(table, kSource, t);
-    void* values = table_pointer<void>(table, kValues, t);
-    const int64_t dtypes = table_word(table, kDTypes, t);
-    const auto from = static_cast<DType>(dtypes & 0xff);
-    const auto to = static_cast<DType>(dtypes >> 8);
-    if (from != to) {
-      widen_tile(tile, indices, source, from, static_cast<float*>(values));
-    } else if (from == DType::kFloat32) {
-      copy_tile(tile, indices, static_cast<const uint32_t*>(source),
-                static_cast<uint32_t*>(values));
-    } else if (from == DType::kFloat64) {
-      copy_tile(tile, indices, static_cast<const unsigned long long*>(source),
-                static_cast<unsigned long long*>(values));
-    } else {
-      copy_tile(tile, indices, static_cast<const uint16_t*>(source),
-                static_cast<uint16_t*>(values));
-    }
-  });
+  for_each_pair(
+      table,
+      [](const Slots& slots, const auto* source, auto* values) {
+        gather_slots(slots, values, [&](int64_t i) { return source[i]; });
+      },
+      [](const Slots& slots, const void* source, DType dtype, float* values) {
+        gather_slots(slots, values, [&](int64_t i) { return load_float(source, dtype, i); });
+      });
 }
 
 }  // namespace
 
-// ---- launcher
-// ------------------------------------------------------------------------------------
-
 Table make_table(const GatherArgs& args) {
-  return build_table(
-      args.count, kSlotTile, kColumns, [&](int64_t t) { return args.indices[t].n; },
-      [&](int column, int64_t t) -> int64_t {
-        switch (column) {
-          case kIndices:
-            return address_word(args.indices[t].data);
-          case kBound:
-            return args.sources[t].n;
-          case kSource:
-            return address_word(args.sources[t].data);
-          case kValues:
-            return address_word(args.values[t].data);
-          default:
-            return static_cast<int64_t>(args.sources[t].dtype) |
-                   static_cast<int64_t>(args.values[t].dtype) << 8;
-        }
-      });
+  return make_pair_table(args.count, args.indices, args.sources, args.values);
 }
 
 void gather(const Context& context, const DeviceTable& table) {

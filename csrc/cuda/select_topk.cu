@@ -31,6 +31,15 @@
 //               kDigits           8.1    reads 2 to 4   1e9 2.0 ms     8e9 15.5 ms
 //               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
 //            Bound: HBM; some 20 launches, about 0.05 ms in all, rule below 5e7 scores.
+//            Few distinct values: one read, and again those tiles whose ties are selected. Counted
+//            on the emulation (pages each launch touches; 1e6 scores, k = 0.1 %): all equal 1.00,
+//            99 % zeros 1.00, 5 values 1.01, 256 values 1.25, and the sample.
+//            A missed sample (one selection in a thousand, or scores arranged against it) costs its
+//            read and then kDigits: 3 reads if the bound was too high, 4 if too low (counted). A
+//            histogram of the first digit in the filter would spare the second of these, and cost
+//            all the others: 16 KB of shared memory a block of a kernel that is held to 5 blocks a
+//            multiprocessor, and, with the bound too low, an atomic for nearly every score, where
+//            now a vote for each 128 scores does.
 // Scratch    6 (float64: 10) bytes for each of room = min(n, 2 k + n / 128 + 4096) kept scores, 32
 // to 40
 //            a tile of 4096 (maxima: 32768), 4 (8) a sampled score, 33 KB: 0.07 bytes a score at

@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <TopkInput kInput, class K>
-__global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, 2)
+__global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>,
+                                  512 / kTileThreads<ScoreOf<kInput>>)
     reread_kernel(TopkTable table, TopkFormula formula, const TopkSearch<K>* bound,
                   const TopkSearch<K>* threshold, TopkFound<K> found, int64_t* indices) {
   using T = ScoreOf<kInput>;
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, 2)
         round ^= 1;
         int64_t above_at = above_before + (before >> 16);
         uint32_t ties_at = ties_before + (before & 0xffffu);
-#pragma unroll
+#pragma unroll 1  // few tiles come here: registers are worth more than the loop
         for (int g = 0; g < kCount; g += V) {
           constexpr uint32_t kGroup = (1u << V) - 1;
           const uint32_t mine = above >> g & kGroup;

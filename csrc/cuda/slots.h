@@ -16,20 +16,38 @@ constexpr int kIndices = 0;
 constexpr int kBound = 1;  // elements of the tensor that the positions point into
 constexpr int kFirstOwnColumn = 2;
 
-// body(first, end, position) for every kUnroll slots of this lane: first, first + 32, ..., those
-// below end; position[u] is the position of slot first + 32 u. All of them are read before the body
-// runs. Slots count from the tensor's first one.
-template <class Body>
-__device__ __forceinline__ void for_each_slot(const Tile& tile, const int64_t* indices, Body body) {
-  const int64_t end = tile.begin + tile.n;
-  for (int64_t first = tile.begin + lane_of_warp(); first < end; first += kUnroll * kWarp) {
-    int64_t position[kUnroll];
+// kUnroll slots of one lane: first, first + 32, ..., as far as they are below end.
+struct Slots {
+  int64_t first;
+  int64_t end;
+  int64_t position[kUnroll];  // in the tensor; all read before the first is used
+
+  // body(u, slot, position): reads of one call are all on their way before the next call begins.
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) const {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t s = first + u * kWarp;
-      position[u] = s < end ? __ldcs(indices + s) : 0;
+      if (s < end) body(u, s, position[u]);
     }
-    body(first, end, position);
+  }
+};
+
+// body(slots) for all slots of the tile; they count from the tensor's first one.
+template <class Body>
+__device__ __forceinline__ void for_each_slot(const DeviceTable& table, const Tile& tile,
+                                              Body body) {
+  const int64_t* indices = table_pointer<const int64_t>(table, kIndices, tile.tensor);
+  Slots slots;
+  slots.end = tile.begin + tile.n;
+  for (slots.first = tile.begin + lane_of_warp(); slots.first < slots.end;
+       slots.first += kUnroll * kWarp) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t s = slots.first + u * kWarp;
+      slots.position[u] = s < slots.end ? __ldcs(indices + s) : 0;
+    }
+    body(slots);
   }
 }
 

@@ -47,34 +47,24 @@ __global__ void __launch_bounds__(kThreads)
     const auto weight_dtype = static_cast<DType>(codes & 0xff);
     const auto grad_dtype = static_cast<DType>((codes >> 8) & 0xff);
     const bool is_dense = (codes >> 16) != 0;
-    const int64_t* indices = table_pointer<const int64_t>(table, kIndices, t);
-    for_each_slot(tile, indices, [&](int64_t first, int64_t end, const int64_t* position) {
+    for_each_slot(table, tile, [&](const Slots& slots) {
       float g[kUnroll];
       float p[kUnroll];
       float m[kUnroll];
       float v[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t s = first + u * kWarp;
-        g[u] = p[u] = m[u] = v[u] = 0.0f;
-        if (s < end) {
-          g[u] = load_float(grads, grad_dtype, is_dense ? position[u] : s);
-          p[u] = values[s];
-          m[u] = exp_avgs[s];
-          v[u] = exp_avg_sqs[s];
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t s = first + u * kWarp;
-        if (s < end) {
-          adamw_step(p[u], m[u], v[u], g[u], factors);
-          values[s] = p[u];
-          exp_avgs[s] = m[u];
-          exp_avg_sqs[s] = v[u];
-          store_float(weight, weight_dtype, position[u], p[u]);
-        }
-      }
+      slots.each([&](int u, int64_t s, int64_t position) {
+        g[u] = load_float(grads, grad_dtype, is_dense ? position : s);
+        p[u] = values[s];
+        m[u] = exp_avgs[s];
+        v[u] = exp_avg_sqs[s];
+      });
+      slots.each([&](int u, int64_t s, int64_t position) {
+        adamw_step(p[u], m[u], v[u], g[u], factors);
+        values[s] = p[u];
+        exp_avgs[s] = m[u];
+        exp_avg_sqs[s] = v[u];
+        store_float(weight, weight_dtype, position, p[u]);
+      });
     });
   });
 }

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from piece_ops.backends import cpu, cuda, cuda_select_topk, triton
+from typing import Any
 
-__all__ = ["cpu", "cuda", "cuda_select_topk", "triton"]
+from piece_ops.backends import cpu, cuda, cuda_adamw_plan, cuda_select_topk, triton
+
+# Device type -> what an optimizer makes once and then calls like ``sparse_adamw_``, where steps on
+# the same tensors can be had for less than single calls.
+ADAMW_STEPS: dict[str, Any] = {"cuda": cuda_adamw_plan.SparseAdamwSteps}
+
+__all__ = ["ADAMW_STEPS", "cpu", "cuda", "cuda_adamw_plan", "cuda_select_topk", "triton"]

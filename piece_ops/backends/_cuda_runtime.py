@@ -153,7 +153,8 @@ def table_of(place: Place, make: Callable[..., Any], *columns: Sequence[int]) ->
 _checked: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
 
 
-def _is_checked(index: Tensor, bound: int) -> bool:
+def is_checked(index: Tensor, bound: int) -> bool:
+    """Tell whether this tensor was found right for this bound and not written since."""
     known = _checked.get(id(index))
     return (
         known is not None
@@ -181,7 +182,7 @@ def check_indices(
     fresh = [
         (index, bound)
         for index, bound in zip(indices, bounds, strict=True)
-        if index.numel() and (index.is_inference() or not _is_checked(index, bound))
+        if index.numel() and (index.is_inference() or not is_checked(index, bound))
     ]
     if not fresh:
         return

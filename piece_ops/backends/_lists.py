@@ -1,4 +1,4 @@
-"""Lists of tensors as the extension takes them: addresses, element counts, dtype codes."""
+"""Tensors as the extension takes them: addresses, element counts, dtype codes."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def dtypes(tensors: Sequence[Tensor]) -> list[int]:
     each = list(map(_schema.dtype_of, tensors))
     distinct = each[:1] if len(set(each)) == 1 else each
     return [_schema.DTYPE_CODES[dtype] for dtype in distinct]
+
+
+def matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, elements from row to row, columns, dtype code."""
+    code = _schema.DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], code

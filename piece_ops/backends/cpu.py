@@ -11,7 +11,7 @@ from torch import Tensor
 from piece_ops import _schema
 from piece_ops._native import extension
 from piece_ops._schema import register
-from piece_ops.backends._lists import addresses, dtypes, sizes
+from piece_ops.backends._lists import addresses, dtypes, matrix, sizes
 
 
 @register("accumulate_squares_", "CPU")
@@ -197,10 +197,10 @@ def total(tensors: list[Tensor]) -> Tensor:
 def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     _schema.check_sampled_weight_grad(grad_output, input, indices)
     count = indices.numel()
-    values = torch.empty(count)
+    values = torch.empty(count, dtype=torch.float32)
     extension().sampled_weight_grad(
-        _matrix(grad_output),
-        _matrix(input),
+        matrix(grad_output),
+        matrix(input),
         grad_output.shape[0],
         indices.data_ptr(),
         count,
@@ -208,9 +208,3 @@ def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> 
         torch.get_num_threads(),
     )
     return values
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Address, elements from row to row, columns, dtype."""
-    code = _schema.DTYPE_CODES[tensor.dtype]
-    return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], code

@@ -1,8 +1,9 @@
 """CUDA tensors: checks, then one launch over all tensors on the caller's current stream.
 
 Waiting for the device: ``accumulate_squares_`` reads 16 bytes back, which say whether all
-gradients were finite; ``sparse_adamw_``, ``gather`` and ``scatter_`` wait when they see index
-tensors for the first time (see ``_cuda_runtime.check_indices``). Nothing else waits.
+gradients were finite; ``sparse_adamw_``, ``gather``, ``scatter_`` and ``sampled_weight_grad`` wait
+when they see index tensors for the first time (see ``_cuda_runtime.check_indices``). Nothing else
+waits.
 
 CUDA graphs: every op here can be captured. ``accumulate_squares_`` cannot raise inside a graph: a
 replay whose gradients are not all finite adds nothing and counts itself, and the next call outside
@@ -22,10 +23,15 @@ from piece_ops._schema import register
 from piece_ops.backends._cuda_runtime import (
     Place,
     check_indices,
+    is_checked,
     place_of,
     table_of,
 )
-from piece_ops.backends._lists import addresses, dtypes, sizes
+from piece_ops.backends._lists import addresses, dtypes, matrix, sizes
+
+# Of sampled_weight_grad, at most, where one block of 256 tokens does not need more: so much
+# transposed input stays in the L2 cache of an A100 or later.
+SAMPLED_SCRATCH_BYTES = 32 << 20
 
 # Per device: how many replays of captured accumulations added nothing, as the device counts them;
 # made by the first call outside a graph, looked at once a graph has been captured.
@@ -169,57 +175,7 @@ def _make_accumulate_table(place: Place) -> Any:
     return make
 
 
-class SparseAdamwPlan:
-    """``sparse_adamw_`` on fixed tensors, checked and laid out once: some 10 us of host a step.
-
-    The addresses of all tensors (gradients too) must stay; it does not hold the tensors and does
-    not bump their version counters, so it is for an optimizer that owns both.
-
-    Parameters
-    ----------
-    weights, indices, values, grads, exp_avgs, exp_avg_sqs : list of Tensor
-        As for ``piece_ops.sparse_adamw_``, on one CUDA device.
-    """
-
-    def __init__(
-        self,
-        weights: list[Tensor],
-        indices: list[Tensor],
-        values: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-    ) -> None:
-        lists = (weights, indices, values, grads, exp_avgs, exp_avg_sqs)
-        _schema.check_sparse_adamw_(*lists, 1, 0.0, 0.0, 0.0, 0.0, 0.0)
-        self._is_empty = not any(map(Tensor.numel, indices))
-        if self._is_empty:
-            return
-        self._place = place_of("sparse_adamw_", weights[0])
-        with self._place.guard:
-            self._table = _adamw_table(self._place, *lists)
-
-    def step(
-        self,
-        step: int,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        """One update; ``step`` counts from 1. One launch on the current stream, no waiting.
-
-        If that is not the stream the plan was made on, the caller orders the two.
-        """
-        if self._is_empty:
-            return
-        with self._place.guard:
-            self._place.module.cuda_sparse_adamw(
-                *self._table.pair, step, lr, *betas, eps, weight_decay, *self._place.where
-            )
-
-
-def _adamw_table(
+def adamw_table(
     place: Place,
     weights: list[Tensor],
     indices: list[Tensor],
@@ -228,6 +184,7 @@ def _adamw_table(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
 ) -> Any:
+    """The table of these tensors, their indices checked."""
     weight_sizes = sizes(weights)
     table = table_of(
         place,
@@ -269,7 +226,7 @@ def sparse_adamw_(
     if any(map(Tensor.numel, indices)):
         place = place_of("sparse_adamw_", weights[0])
         with place.guard:
-            table = _adamw_table(place, *lists)
+            table = adamw_table(place, *lists)
             place.module.cuda_sparse_adamw(*table.pair, *numbers, *place.where)
     _schema.bump_versions(weights, values, exp_avgs, exp_avg_sqs)
 
@@ -337,3 +294,37 @@ def total(tensors: list[Tensor]) -> Tensor:
         tile_sums = torch.empty(table.handle.tiles, dtype=torch.float64, device=place.device)
         place.module.cuda_total(*table.pair, tile_sums.data_ptr(), result.data_ptr(), *place.where)
     return result
+
+
+@register("sampled_weight_grad", "CUDA")
+def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
+    _schema.check_sampled_weight_grad(grad_output, input, indices)
+    tokens, count = grad_output.shape[0], indices.numel()
+    values = grad_output.new_zeros(count, dtype=torch.float32)
+    if not count:
+        return values
+    place = place_of("sampled_weight_grad", grad_output)
+    columns = (grad_output.shape[1], input.shape[1])
+    bound = columns[0] * columns[1]
+    with place.guard:
+        if indices.is_inference() or not is_checked(indices, bound):
+            make = place.module.cuda_sampled_weight_grad_table
+            table = table_of(place, make, [indices.data_ptr()], [count], columns)
+            check_indices(place, table, [indices], [bound])
+        if not tokens:
+            return values
+        n_bytes = place.module.cuda_sampled_weight_grad_bytes(matrix(input), count)
+        blocks = max(1, min(-(-tokens // 256), SAMPLED_SCRATCH_BYTES // n_bytes))
+        scratch = torch.empty(blocks * n_bytes, dtype=torch.uint8, device=place.device)
+        place.module.cuda_sampled_weight_grad(
+            matrix(grad_output),
+            matrix(input),
+            tokens,
+            indices.data_ptr(),
+            count,
+            values.data_ptr(),
+            scratch.data_ptr(),
+            blocks,
+            *place.where,
+        )
+    return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 from piece_ops.delta.compare import diff
 from piece_ops.delta.record import Delta
 from piece_ops.delta.rewrite import rewrite
+from piece_ops.delta.shira import from_shira, to_shira
 from piece_ops.delta.switch import TaskSwitch
 
-__all__ = ["Delta", "TaskSwitch", "diff", "rewrite"]
+__all__ = ["Delta", "TaskSwitch", "diff", "from_shira", "rewrite", "to_shira"]

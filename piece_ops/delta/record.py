@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from piece_ops._schema import FLOATS
-from piece_ops.delta import algebra, file, live, table
+from piece_ops.delta import algebra, file, hub, live, table
 from piece_ops.selection import check_positions
 
 
@@ -194,6 +195,44 @@ class Delta:
             or version, or when its content does not hold together. The text names the tensor.
         """
         return file.read(path, cls)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``piece_delta.safetensors`` into a folder, and a README.md if it has none.
+
+        Returns the file's path. The folder is made when it is not there.
+        """
+        return hub.save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a sparse delta",
+    ) -> str:
+        """Upload what `save_pretrained` writes to a model repository, made when it is not there.
+
+        Needs huggingface_hub, whose errors come through as they are. Returns the commit's address.
+        """
+        return hub.push_to_hub(
+            self, repo_id, private=private, revision=revision, token=token, message=commit_message
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Delta:
+        """Load from a folder of `save_pretrained`, a file, or a repository on the hub.
+
+        Errors as of `load`; those of huggingface_hub, needed for the hub only, as they are.
+        """
+        return cls.load(hub.path_of(source, revision=revision, token=token))
 
     # --------------------------------------------------------------------------------- live model
 

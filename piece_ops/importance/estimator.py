@@ -1,25 +1,25 @@
 """Which parameters matter for a task: streamed gradient statistics and the selection from them.
 
 `Importance` adds up what its method needs, one backward pass per sample, and `Importance.select`
-ranks all candidates at once. `estimate` does both in one call.
+ranks all candidates at once.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
-from operator import index
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from piece_ops.functional import select_topk
+from piece_ops.functional import Score, select_topk
 from piece_ops.importance.candidates import find_candidates
-from piece_ops.importance.passes import LossFunction, is_batch
-from piece_ops.importance.scores import NEEDS, scores_of
-from piece_ops.importance.self_texts import self_texts
-from piece_ops.importance.sources import show_progress, sources_of
-from piece_ops.importance.statistics import WHERE, Statistics
+from piece_ops.importance.passes import LossFunction
+from piece_ops.importance.scores import NEEDS, RANKED_BY, Numbers, scores_of, totals_of
+from piece_ops.importance.self_texts import ROWS_OF_A_BATCH, self_texts
+from piece_ops.importance.sources import show_progress, sources_of, wanted_k
+from piece_ops.importance.statistics import DTYPES, WHERE, Statistics
 from piece_ops.importance.statistics_file import StatisticsFile, write_statistics
 from piece_ops.selection import Selection, check_positions
 
@@ -53,9 +53,12 @@ class Importance(Statistics):
         One of `METHODS`.
     loss_fn : callable, optional
         ``loss_fn(model, batch)`` returning one loss; default ``model(**batch).loss``.
-    per_sample : bool
-        True: each row of a batch is its own backward (right padding is cut off first, unless
-        `loss_fn` is given). False: one backward per batch, whose mean gradient is then one sample.
+    per_sample : bool or "loop"
+        True: each row of a batch is one sample (and each sequence packed into a row, where
+        ``position_ids`` begin again at 0; the label of its first token is ignored). One backward
+        of the whole batch gives every sample's own gradients; see Notes. "loop": one backward
+        per sample, on its row alone (right padding is cut off first, unless `loss_fn` is given).
+        False: one backward per batch, whose gradient is then that of one sample.
     include, exclude : str, compiled regular expression, or iterable of those
         Names, fnmatch patterns or regular expressions (searched) of the candidates. A pattern
         that matches no parameter is an error.
@@ -76,14 +79,32 @@ class Importance(Statistics):
         added, one backward per batch as it comes, candidates by name (no "embed" in it), N over
         trainable parameters. It differs in two points: sums are float32 (there: the model's
         dtype), and a NaN raises (there: becomes 0).
+    accumulators : "float32" or "bfloat16"
+        bfloat16 halves the memory of the sums. What is added is rounded up or down at random, in
+        proportion, by a hash of `seed`, sample, parameter and position: so sums of any length are
+        right in the mean, and the same in every run. docs/design.md tells what it does to a
+        selection.
     seed : int
-        For random, and for the texts of ``"self"``.
+        For random, for the texts of ``"self"``, and for rounding.
 
     Notes
     -----
-    A non-finite loss raises before its sample is added (samples before it are in). A non-finite
-    gradient raises and names the parameter; gradients of that backward that came earlier have then
-    been added, so the statistics are spoiled: everything but `reset` raises from there on.
+    A sample's gradient is that of its own loss, as if its row were a batch of its own. How a
+    batch's loss is made of these is found by number on the first batch of each kind, by running
+    two of its rows together and alone: a mean over the answer tokens, as ``model(**batch).loss``
+    is (a sample with c of all C tokens enters with c / C, so its gradient is multiplied by C / c),
+    a mean over rows (by their number), or a sum (by 1). Where it is neither (a contrastive or load
+    balancing loss, dropout), the batch goes by the loop; batch norm in training mode is an error.
+
+    Parameters that no rule covers go by the loop, the others do not; `looped` tells which and why.
+    Noticed are parameters used outside their own modules or with gradient hooks, tensors without
+    one part per sample, and values changed in place. A coupling that changes a sample's gradient
+    by less than 1e-3 of it (20 % in half precision) is not noticed, nor one that the first batch
+    of its kind does not show.
+
+    A non-finite loss raises before its batch is added (with "loop": its sample). A non-finite
+    gradient raises and names sample and parameter; gradients of that backward that came earlier
+    have then been added, so the statistics are spoiled: everything but `reset` raises from there.
 
     Examples
     --------
@@ -103,7 +124,7 @@ class Importance(Statistics):
         method: str = "piece-f",
         *,
         loss_fn: LossFunction | None = None,
-        per_sample: bool = True,
+        per_sample: bool | str = True,
         include: Any = None,
         exclude: Any = None,
         embeddings: bool = False,
@@ -112,9 +133,14 @@ class Importance(Statistics):
         reference_tokens: int = 64,
         xi: float | None = None,
         compat: str | None = None,
+        accumulators: str = "float32",
         seed: int = 0,
     ) -> None:
-        _check_settings(method, xi, compat, reference)
+        _check_settings(method, xi, compat, reference, per_sample)
+        if accumulators not in DTYPES:
+            raise ValueError(
+                f"{WHERE}: accumulators must be 'float32' or 'bfloat16', got {accumulators!r}"
+            )
         official = compat == "official"
         candidates = find_candidates(
             model,
@@ -125,14 +151,17 @@ class Importance(Statistics):
             where=WHERE,
         )
         self._texts = (reference_samples, reference_tokens)
+        self._written: list[Any] | None = None  # the texts for "self", if they are to be kept
         self._sources = sources_of(reference, Importance, WHERE)
-        self._xi, self._compat, self._seed = xi, compat, seed
+        self._xi, self._compat = xi, compat
         super().__init__(
             model,
             candidates,
             method=method,
-            per_sample=per_sample and not official,
+            per_sample=False if official else per_sample,
             loss_fn=loss_fn,
+            accumulators=accumulators,
+            seed=seed,
         )
 
     def reset(self) -> None:
@@ -147,18 +176,22 @@ class Importance(Statistics):
             if isinstance(source, Importance):
                 self.add_reference(source)
             elif source == "self":
-                samples, tokens = self._texts
-                texts = self_texts(
-                    self.model, samples=samples, tokens=tokens, seed=self._seed, where=WHERE
-                )
                 # The model's own text has the model's own loss.
-                self._run_source(show_progress(texts, "self texts", progress, samples), None)
+                batches = -(-self._texts[0] // ROWS_OF_A_BATCH)
+                texts = show_progress(self._self_texts(), "self texts", progress, batches)
+                self._run_source(texts, None)
             elif isinstance(source, (str, os.PathLike)):
-                self.add_reference(Importance.load(source, self.model))
+                names = set(self.names)
+                self.add_reference(Importance._load(source, self.model, names=names))
             else:
-                batches = show_progress(source, "reference", progress)
-                self._run_source(batches, self._loss_fn)
+                self._run_source(show_progress(source, "reference", progress), self._loss_fn)
             self._sources_run += 1
+
+    def _self_texts(self) -> Iterable[Any]:
+        if self._written is not None:
+            return self._written
+        samples, tokens = self._texts
+        return self_texts(self.model, samples=samples, tokens=tokens, seed=self._seed, where=WHERE)
 
     def _run_source(self, batches: Iterable[Any], loss_fn: LossFunction | None) -> None:
         self.finish_reference()
@@ -200,15 +233,26 @@ class Importance(Statistics):
         """
         where = f"{WHERE}.select"
         self._check_sound(where)
-        wanted = _wanted_k(density, k, self.total, where)
-        need = NEEDS[self.method]
-        if need.data and not self._samples:
+        wanted, excluded = self._request(density, k, exclude_positions, where)
+        if NEEDS[self.method].data and not self._samples:
             raise ValueError(f"{where}: at least one sample is needed, got none; call update()")
-        reference: dict[str, Tensor] = {}
-        reference_samples = 1
-        if need.reference:
-            self.run_reference()
-            reference, reference_samples = self._reference_statistics(where)
+        numbers, reference_samples = self._numbers(where)
+        mean = 0.0
+        if NEEDS[self.method].reference:
+            mean = math.fsum(totals_of(numbers["reference"])) / self.candidate_count
+        scores, scale = self._scores(numbers, self._samples, reference_samples, mean)
+        top = select_topk(scores, wanted, exclude=excluded or None)
+        return self._selection(top.indices, float(top.threshold) * scale)
+
+    def _request(
+        self,
+        density: float | None,
+        k: int | None,
+        exclude_positions: Mapping[str, Tensor] | Selection | None,
+        where: str,
+    ) -> tuple[int, dict[str, Tensor]]:
+        """The number of coordinates to choose and those that must not be, checked."""
+        wanted = wanted_k(density, k, self.total, where)
         excluded = self._excluded(exclude_positions, where)
         room = self.candidate_count - sum(p.numel() for p in excluded.values())
         if not 0 <= wanted <= room:
@@ -216,27 +260,45 @@ class Importance(Statistics):
                 f"{where}: k must be in 0..{room} (the candidates; {self.total} parameters in "
                 f"all), got {wanted}"
             )
-        weights = {name: p.detach() for name, p in self._candidates.parameters.items()}
-        scores, scale = scores_of(
+        return wanted, excluded
+
+    def _numbers(self, where: str) -> tuple[dict[str, dict[str, Tensor]], int]:
+        """What the method ranks by, and the number of samples its reference is summed over."""
+        reference: dict[str, Tensor] = {}
+        reference_samples = 1
+        if NEEDS[self.method].reference:
+            self.run_reference()
+            reference, reference_samples = self._reference_statistics(where)
+        held = {
+            "weights": {name: p.detach() for name, p in self._candidates.parameters.items()},
+            "sums": self._sums,
+            "square_sums": self._square_sums,
+            "reference": reference,
+        }
+        return {kind: held[kind] for kind in RANKED_BY[self.method]}, reference_samples
+
+    def _scores(
+        self, numbers: Numbers, samples: int, reference_samples: int, reference_mean: float
+    ) -> tuple[Score | dict[str, Tensor], float]:
+        return scores_of(
             self.method,
-            weights,
-            self._sums,
-            self._square_sums,
-            reference,
-            samples=self._samples,
+            numbers,
+            samples=samples,
             reference_samples=reference_samples,
+            reference_mean=reference_mean,
             xi=self._xi,
             official=self._compat == "official",
             seed=self._seed,
-            where=where,
+            where=f"{WHERE}.select",
         )
-        top = select_topk(scores, wanted, exclude=excluded or None)
+
+    def _selection(self, indices: Mapping[str, Tensor], threshold: float) -> Selection:
         return Selection(
-            indices={n: i.to("cpu") for n, i in top.indices.items() if i.numel()},
+            indices={n: i.to("cpu") for n, i in indices.items() if i.numel()},
             shapes={n: tuple(p.shape) for n, p in self._candidates.parameters.items()},
             total=self.total,
             method=self.method,
-            threshold=float(top.threshold) * scale,
+            threshold=threshold,
         )
 
     def _excluded(
@@ -262,6 +324,7 @@ class Importance(Statistics):
             "xi": self._xi,
             "compat": self._compat,
             "seed": self._seed,
+            "accumulators": str(self._dtype).removeprefix("torch."),
         }
         write_statistics(path, self, settings)
 
@@ -280,102 +343,42 @@ class Importance(Statistics):
             No such file; truncated, damaged or of another version; parameters that the model
             lacks or has in another shape (the message lists them).
         """
-        file = StatisticsFile(path, model, f"{WHERE}.load")
+        return cls._load(path, model, loss_fn=loss_fn)
+
+    @classmethod
+    def _load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        loss_fn: LossFunction | None = None,
+        names: Collection[str] | None = None,
+    ) -> Importance:
+        """`load`, of some of the parameters only."""
+        file = StatisticsFile(path, model, f"{WHERE}.load", names)
         settings = file.settings
         self = cls.__new__(cls)
-        self._texts, self._sources = (32, 64), []
+        self._texts, self._sources, self._written = (32, 64), [], None
         self._xi, self._compat = settings["xi"], settings["compat"]
-        self._seed = int(settings["seed"])
         Statistics.__init__(
             self,
             model,
             file.candidates,
             method=settings["method"],
-            per_sample=bool(settings["per_sample"]),
+            per_sample=settings["per_sample"],
             loss_fn=loss_fn,
+            accumulators=settings["accumulators"],
+            seed=int(settings["seed"]),
         )
         file.fill(self)
         return self
 
 
-def estimate(
-    model: nn.Module,
-    batches: Iterable[Any] | None = None,
-    method: str = "piece-s",
-    density: float | None = None,
-    *,
-    k: int | None = None,
-    progress: bool = False,
-    exclude_positions: Mapping[str, Tensor] | Selection | None = None,
-    **settings: Any,
-) -> Selection:
-    """Choose the coordinates of a model that matter most for a task, in one call.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Passes run in the mode it is in (``model.eval()`` for gradients without dropout).
-    batches : iterable of dicts
-        The task: arguments of the model, labels included; every row is one sample. Not looked at
-        by the methods magnitude and random, which need none.
-    method : str
-        One of `METHODS`; see `Importance`.
-    density : float in (0, 1], optional
-        Chosen share of all parameters; 0.001 when neither it nor `k` is given.
-    k : int, optional
-        The number of coordinates instead.
-    progress : bool
-        Show a progress bar (needs tqdm).
-    exclude_positions : Selection or dict, optional
-        Coordinates that must not be chosen.
-    **settings
-        Everything else that `Importance` takes: loss_fn, per_sample, include, exclude,
-        embeddings, reference, reference_samples, reference_tokens, xi, compat, seed.
-
-    Returns
-    -------
-    Selection
-
-    Examples
-    --------
-    >>> import torch, piece_ops
-    >>> layer = torch.nn.Linear(3, 2)
-    >>> piece_ops.estimate(layer, method="magnitude", density=0.25).k
-    2
-    """
-    if density is None and k is None:
-        density = 1e-3
-    importance = Importance(model, method, **settings)
-    _wanted_k(density, k, importance.total, "piece_ops.estimate")
-    if NEEDS[method].data:
-        if batches is None or is_batch(batches):
-            raise TypeError(
-                f"piece_ops.estimate: method {method!r} needs an iterable of batches, got "
-                f"{type(batches).__name__}"
-            )
-        importance.run_reference(progress)
-        for batch in show_progress(batches, "importance", progress):
-            importance.update(batch)
-        if not importance.sample_count:
-            raise ValueError("piece_ops.estimate: batches must hold at least one batch, got none")
-    return importance.select(density=density, k=k, exclude_positions=exclude_positions)
-
-
-def _wanted_k(density: float | None, k: int | None, total: int, where: str) -> int:
-    if (density is None) == (k is None):
-        raise ValueError(
-            f"{where}: exactly one of density and k must be given, got density={density}, k={k}"
-        )
-    if k is not None:
-        if isinstance(k, bool) or not hasattr(k, "__index__"):
-            raise TypeError(f"{where}: k must be an int, got {type(k).__name__}")
-        return index(k)
-    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
-        raise ValueError(f"{where}: density must be in (0, 1], got {density!r}")
-    return max(1, int(density * total))
-
-
-def _check_settings(method: str, xi: float | None, compat: str | None, reference: Any) -> None:
+def _check_settings(
+    method: str, xi: float | None, compat: str | None, reference: Any, per_sample: bool | str
+) -> None:
+    if per_sample not in (True, False, "loop"):
+        raise ValueError(f"{WHERE}: per_sample must be True, False or 'loop', got {per_sample!r}")
     if method not in NEEDS:
         raise ValueError(f"{WHERE}: method must be one of {', '.join(METHODS)}, got {method!r}")
     if compat not in (None, "official"):

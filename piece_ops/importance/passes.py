@@ -7,7 +7,7 @@ The model is left as it was found: ``requires_grad``, the caller's own ``.grad``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,38 @@ from torch import Tensor, nn
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
-# Tensors with one column per token that can lose right padding together with attention_mask.
-_TOKEN_WISE = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
+
+@contextmanager
+def prepared(model: nn.Module, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only `wanted` requires grad, no parameter holds one, and no keys and values are cached.
+
+    All is restored, whatever happens. (With a cache transformers takes packed batches for one
+    sequence a row.)
+    """
+    chosen = {id(parameter) for parameter in wanted}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    before = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
+    handles: list[Any] = []
+    try:
+        for config in caching:
+            config.use_cache = False
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in chosen)
+        handles = _keep_checkpoints_connected(model)
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for config in caching:
+            config.use_cache = True
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
 
 
 class GradientStream:
@@ -41,26 +71,16 @@ class GradientStream:
     @contextmanager
     def running(self) -> Iterator[GradientStream]:
         """Install the hooks; restore everything on the way out, also after an exception."""
-        every = list(self._model.parameters())
-        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in every]
-        wanted = {id(parameter) for parameter in self._parameters.values()}
         handles: list[Any] = []
         try:
-            for parameter in every:
-                parameter.grad = None
-                parameter.requires_grad_(id(parameter) in wanted)
             for name, parameter in self._parameters.items():
                 tensor: Any = parameter
                 handles.append(tensor.register_post_accumulate_grad_hook(self._hook(name)))
-            handles.extend(_keep_checkpoints_connected(self._model))
-            with torch.enable_grad():
+            with prepared(self._model, self._parameters.values()):
                 yield self
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, required, grad in before:
-                parameter.requires_grad_(required)
-                parameter.grad = grad
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -87,13 +107,13 @@ class GradientStream:
 
         return take
 
-    def backward(self, loss: Tensor, what: str) -> None:
+    def backward(self, loss: Tensor, what: str, *, must_reach: bool = True) -> None:
         """One backward pass; raises when no gradient reached any of the parameters."""
         self.seen.clear()
         self._what = what
         run: Any = loss.backward
         run()
-        if not self.seen:
+        if must_reach and not self.seen:
             raise ValueError(
                 f"{self._where}: the loss of {what} must depend on the candidate parameters, got "
                 f"one that reaches none of {len(self._parameters)}"
@@ -120,78 +140,10 @@ def _keep_checkpoints_connected(model: nn.Module) -> list[Any]:
     return [embeddings.register_forward_hook(mark)] if embeddings is not None else []
 
 
-# ------------------------------------------------------------------------------------------ batches
-
-
-def is_batch(value: Any) -> bool:
-    """A mapping, a tensor, or a list or tuple of tensors."""
-    if isinstance(value, (Mapping, Tensor)):
-        return True
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(isinstance(item, Tensor) for item in value)
-    )
-
-
-def split_rows(batch: Any, *, trim: bool, where: str) -> list[Any]:
-    """The rows of a batch as batches of one (views, no copies).
-
-    Every tensor whose first dimension is the batch size is cut; everything else is passed on as
-    it is. The batch size is that of ``input_ids``, or of the first tensor that has a dimension.
-    With `trim`, the right padding of a row is cut off (see `_trim`).
-    """
-    if not is_batch(batch):
-        raise TypeError(
-            f"{where}: a batch must be a dict of tensors (or a tensor, or a list of tensors, with "
-            f"loss_fn), got {type(batch).__name__}"
-        )
-    items: list[tuple[Any, Any]]
-    if isinstance(batch, Mapping):
-        items = list(batch.items())
-    else:
-        items = list(enumerate([batch] if isinstance(batch, Tensor) else batch))
-    tensors = [(key, value) for key, value in items if isinstance(value, Tensor) and value.dim()]
-    sizes = dict((key, value.shape[0]) for key, value in tensors)
-    size = sizes.get("input_ids", next(iter(sizes.values()), 0))
-    if size == 0:
-        raise ValueError(f"{where}: a batch must have at least one row, got none")
-    cut = {key for key, rows in sizes.items() if rows == size}
-    result: list[Any] = []
-    for row in range(size):
-        parts = {key: (value[row : row + 1] if key in cut else value) for key, value in items}
-        if isinstance(batch, Mapping):
-            result.append(_trim(parts) if trim else parts)
-        else:
-            result.append(parts[0] if isinstance(batch, Tensor) else type(batch)(parts.values()))
-    return result
-
-
-def _trim(row: dict[str, Any]) -> dict[str, Any]:
-    """Cut the right padding off a row: exact for a causal model, and cheaper.
-
-    Only where it can change nothing: `attention_mask` is [1, L] and ends in zeros, the labels
-    there are -100, and the other token-wise tensors have length L. Left padding stays.
-    """
-    mask = row.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or "decoder_input_ids" in row:
-        return row
-    length = mask.shape[1]
-    kept = torch.nonzero(mask[0])
-    end = int(kept[-1]) + 1 if kept.numel() else length
-    names = [name for name in _TOKEN_WISE if isinstance(row.get(name), Tensor)]
-    if end == length or any(row[name].shape[1:2] != (length,) for name in names):
-        return row
-    labels = row.get("labels")
-    if isinstance(labels, Tensor) and bool((labels[:, end:] != -100).any()):
-        return row
-    return {**row, **{name: row[name][:, :end] for name in names}}
-
-
-def finite_loss(
+def loss_of(
     model: nn.Module, batch: Any, loss_fn: LossFunction | None, *, what: str, where: str
 ) -> Tensor:
-    """The loss of one batch, checked: a finite scalar that depends on something trainable."""
+    """The loss of one batch: one number."""
     if loss_fn is not None:
         loss: Any = loss_fn(model, batch)
     else:
@@ -207,15 +159,21 @@ def finite_loss(
             f"{where}: the loss of {what} must be a tensor of one element, got {got}; a batch "
             "needs 'labels', or pass loss_fn(model, batch)"
         )
-    if not bool(torch.isfinite(loss.detach()).all()):
+    return loss.reshape(())
+
+
+def check_loss(
+    loss: Tensor, batch: Any, *, what: str, where: str, must_depend: bool = True
+) -> None:
+    """Raise when the loss is NaN or infinite, or depends on nothing trainable."""
+    if not bool(torch.isfinite(loss.detach())):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         # The first label has no token before it to be predicted from.
         blank = isinstance(labels, Tensor) and bool((labels[..., 1:] == -100).all())
         hint = ": all its labels are -100, so no token counts" if blank else ""
         raise ValueError(f"{where}: the loss of {what} must be finite, got {loss.item()}{hint}")
-    if not loss.requires_grad:
+    if must_depend and not loss.requires_grad:
         raise ValueError(
             f"{where}: the loss of {what} must depend on the candidate parameters, got one "
             "without gradient"
         )
-    return loss.reshape(())

@@ -21,6 +21,7 @@ several reference sources R / r is the sum of their means and r is 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,41 +55,59 @@ NEEDS = {
 }
 
 
+# Weights, sums, square_sums and reference, each by parameter.
+Numbers = Mapping[str, dict[str, Tensor]]
+
+# The kinds of numbers that a method ranks by.
+RANKED_BY = {
+    "piece-f": ("square_sums",),
+    "piece-s": ("sums", "square_sums"),
+    "piece-g": ("sums", "reference"),
+    "magnitude": ("weights",),
+    "gradient": ("sums",),
+    "snip": ("sums", "weights"),
+    "taylor": ("square_sums", "weights"),
+    "random": ("weights",),  # their sizes only
+}
+
+
+def totals_of(reference: Mapping[str, Tensor]) -> list[float]:
+    """The sum of squares of each parameter, in float64.
+
+    `math.fsum` of these does not depend on whether all parameters are there at once.
+    """
+    return [total(tensor) for tensor in reference.values()]
+
+
 def scores_of(
     method: str,
-    weights: dict[str, Tensor],
-    sums: dict[str, Tensor],
-    square_sums: dict[str, Tensor],
-    reference: dict[str, Tensor],
+    numbers: Numbers,
     *,
     samples: int,
     reference_samples: int,
+    reference_mean: float,
     xi: float | None,
     official: bool,
     seed: int,
     where: str,
 ) -> tuple[Score | dict[str, Tensor], float]:
     """What `select_topk` ranks, and the factor that puts its threshold on the scale of means."""
+    first, second = (*(numbers[kind] for kind in RANKED_BY[method]), None)[:2]
+    assert first is not None
     if method == "piece-f":
-        return square_sums, 1.0 if official else 1.0 / samples
+        return first, 1.0 if official else 1.0 / samples
     if method == "piece-s":
         constant = 1.0 if xi is None else xi * samples  # the default xi is 1 / samples
         scale = 1.0 if official else 1.0 / math.sqrt(samples)
-        return Score("piece-s", sums, square_sums, constant=constant), scale
+        return Score("piece-s", first, second, constant=constant), scale
     if method == "piece-g":
-        mean = total(reference) / sum(tensor.numel() for tensor in reference.values())
-        if not 0.0 < mean < math.inf:
+        if not 0.0 < reference_mean < math.inf:
             raise ValueError(
                 f"{where}: the mean of the reference's squared gradients must be positive and "
-                f"finite, got {mean}"
+                f"finite, got {reference_mean}"
             )
-        return Score("piece-g", sums, reference, constant=mean), reference_samples / samples
-    if method == "magnitude":
-        return Score("magnitude", weights), 1.0
-    if method == "gradient":
-        return Score("magnitude", sums), 1.0 / samples
-    if method == "snip":
-        return Score("snip", sums, weights), 1.0 / samples
-    if method == "taylor":
-        return Score("taylor", square_sums, weights), 1.0 / samples
-    return Score("random", weights, seed=seed), 1.0
+        return Score("piece-g", first, second, constant=reference_mean), reference_samples / samples
+    if method == "random":
+        return Score("random", first, seed=seed), 1.0
+    kind = method if second is not None else "magnitude"
+    return Score(kind, first, second), 1.0 if method == "magnitude" else 1.0 / samples

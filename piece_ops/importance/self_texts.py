@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 _ROWS_AT_ONCE = 32  # texts generated together; bounds the key-value cache
+ROWS_OF_A_BATCH = 8  # texts handed out together; bounds the logits of a pass
 
 
 def self_texts(
     model: nn.Module, *, samples: int, tokens: int, seed: int, where: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Sampled texts as batches of one row, each labelled with every token it sampled.
+    """Sampled texts as right-padded batches, each text labelled with every token it sampled.
 
     The first token is the model's BOS; then up to `tokens` tokens at temperature 1 from the full
     distribution (no top-k, no top-p), until end of text. Sampling runs in evaluation mode; the
@@ -47,10 +48,16 @@ def self_texts(
         rows = min(_ROWS_AT_ONCE, samples - start)
         # Every chunk has its own seed, so the texts do not depend on what ran in between.
         texts = _generate(model, generate, rows, tokens, begin, pad, seed + start, device)
-        for text in texts:
-            length = _length(text, _tokens(model, "eos_token_id"))
-            row = text[None, :length]
-            yield {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+        ends = _tokens(model, "eos_token_id")
+        for first in range(0, rows, ROWS_OF_A_BATCH):
+            some = texts[first : first + ROWS_OF_A_BATCH]
+            lengths = torch.tensor([_length(text, ends) for text in some], device=device)
+            is_text = torch.arange(some.shape[1], device=device) < lengths[:, None]
+            yield {
+                "input_ids": some,
+                "attention_mask": is_text.long(),
+                "labels": some.masked_fill(~is_text, -100),
+            }
 
 
 def _generate(

@@ -1,14 +1,15 @@
-"""What an importance pass reads from: reference sources, and progress bars over batches."""
+"""What an importance pass is asked for: reference sources, k, progress bars over batches."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from importlib import import_module
+from operator import index
 from pathlib import Path
 from typing import Any
 
-from piece_ops.importance.passes import is_batch
+from piece_ops.importance.batches import is_batch
 
 
 def sources_of(reference: Any, statistics: type, where: str) -> list[Any]:
@@ -64,3 +65,18 @@ def show_progress(
         ) from error
     shown: Iterable[Any] = tqdm(items, desc=title, total=total, unit="batch")
     return shown
+
+
+def wanted_k(density: float | None, k: int | None, total: int, where: str) -> int:
+    """The number of coordinates that a density or a k asks for."""
+    if (density is None) == (k is None):
+        raise ValueError(
+            f"{where}: exactly one of density and k must be given, got density={density}, k={k}"
+        )
+    if k is not None:
+        if isinstance(k, bool) or not hasattr(k, "__index__"):
+            raise TypeError(f"{where}: k must be an int, got {type(k).__name__}")
+        return index(k)
+    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+        raise ValueError(f"{where}: density must be in (0, 1], got {density!r}")
+    return max(1, int(density * total))

@@ -5,21 +5,27 @@ The part of `Importance` that runs backward passes; scores and files are elsewhe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piece_ops.functional import accumulate_squares_
+from piece_ops.importance.batched import BatchedGradients
+from piece_ops.importance.batches import Samples, samples_of
 from piece_ops.importance.candidates import Candidates
-from piece_ops.importance.passes import GradientStream, LossFunction, finite_loss, split_rows
+from piece_ops.importance.passes import GradientStream, LossFunction, check_loss, loss_of
+from piece_ops.importance.rounding import RoundedTarget
+from piece_ops.importance.rules import Target
 from piece_ops.importance.scores import NEEDS
 
 WHERE = "piece_ops.Importance"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Statistics:
-    """float32 accumulators per candidate parameter, filled one gradient at a time."""
+    """Accumulators per candidate parameter, filled one gradient at a time."""
 
     def __init__(
         self,
@@ -27,14 +33,19 @@ class Statistics:
         candidates: Candidates,
         *,
         method: str,
-        per_sample: bool,
+        per_sample: bool | str,
         loss_fn: LossFunction | None,
+        accumulators: str,
+        seed: int,
     ) -> None:
         self.model = model
         self._candidates = candidates
         self._method = method
         self._per_sample = per_sample
         self._loss_fn = loss_fn
+        self._must_reach = True  # whether samples must have gradients for some candidate
+        self._dtype = DTYPES[accumulators]
+        self._seed = seed
         self.reset()
 
     @property
@@ -62,9 +73,19 @@ class Statistics:
         """Backward passes over the task's samples added so far."""
         return self._samples
 
+    @property
+    def looped(self) -> dict[str, str]:
+        """Parameters of the last batch that went by one backward per sample, each with the reason.
+
+        Empty when one batched backward served all, and before the first batch of several samples.
+        """
+        return {} if self._batched is None else dict(self._batched.looped)
+
     def reset(self) -> None:
         """Forget all statistics, of the task and of the reference (its sources run once only)."""
         self._samples = 0
+        self._reached = False  # a gradient has arrived
+        self._batched: BatchedGradients | None = None  # made by the first batch of several samples
         self._sums: dict[str, Tensor] = {}
         self._square_sums: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}  # square sums of the source that is running
@@ -91,7 +112,7 @@ class Statistics:
             self._sums = self._sums or self._zeros()
         if need.square_sums:
             self._square_sums = self._square_sums or self._zeros()
-        self._add(batch, where, self._loss_fn)
+        self._add(batch, where, self._loss_fn, self._target(self._square_sums, self._sums))
 
     def update_reference(self, batch: Any) -> None:
         """Add one batch of what must be kept (piece-g); `finish_reference` begins a new source."""
@@ -101,7 +122,8 @@ class Statistics:
         where = f"{WHERE}.update_reference"
         self._needs_reference(where)
         self._reference = self._reference or self._zeros()
-        self._add(batch, where, loss_fn, to_reference=True)
+        to = self._target(self._reference, {}, self._reference_samples, is_reference=True)
+        self._add(batch, where, loss_fn, to)
 
     def finish_reference(self) -> None:
         """End the current reference source: it enters as one mean, later batches are another."""
@@ -146,53 +168,120 @@ class Statistics:
         for name, tensor in self._kept.items():
             tensor.add_((stored[name] / importance._samples).to(tensor.device))
 
-    def _add(
-        self, batch: Any, where: str, loss_fn: LossFunction | None, to_reference: bool = False
-    ) -> None:
-        """One backward per row (or batch) into the task's sums, or into the reference's squares."""
+    def _target(
+        self,
+        square_sums: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        first: int | None = None,
+        is_reference: bool = False,
+    ) -> Target:
+        """Where a batch's gradients go: into accumulators, of whatever precision."""
+        first = self._samples if first is None else first
+        if self._dtype == torch.float32:
+            return Target(square_sums, sums, first, is_reference)
+        return RoundedTarget(square_sums, sums, first, is_reference, seed=self._seed)
+
+    def _add(self, batch: Any, where: str, loss_fn: LossFunction | None, to: Target) -> set[str]:
+        """Every sample (or the batch) to where it goes; the parameters that are still left out.
+
+        None are, unless `to` takes everything once.
+        """
         self._check_sound(where)
-        square_sums = self._reference if to_reference else self._square_sums
-        sums = {} if to_reference else self._sums
-        rows = [batch]
+        parameters = self._candidates.parameters
+        parts = [batch]
         if self._per_sample:
-            config = getattr(self.model, "config", None)
-            trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
-            rows = split_rows(batch, trim=trim, where=where)
+            samples = self._samples_of(batch, loss_fn, where)
+            parts = samples.alone
+        if self._per_sample is not True or len(parts) == 1:
+            if to.once and len(parts) > 1:
+                return set(parameters)
+            self._loop(parts, loss_fn, parameters, to, where)
+            return set()
+        _refuse_batch_norm(self.model, where)
+        if self._batched is None:
+            self._batched = BatchedGradients(self.model, parameters)
+        batched, first = self._batched, to.first
+        with self._spoiling(f"a pass over samples from {first} on", lambda: batched.touched):
+            arrived = batched.add(samples, loss_fn, parameters, to, where)
+            rest = {name: parameters[name] for name in batched.looped}
+            self._reached |= arrived
+            if self._must_reach and not arrived and not rest:
+                raise ValueError(
+                    f"{where}: the loss of samples {first} to {first + len(parts) - 1} must depend "
+                    f"on the candidate parameters, got one that reaches none of {len(parameters)}"
+                )
+            if to.once:
+                return set(rest)
+            is_rest = len(rest) < len(parameters)
+            if rest:
+                self._loop(parts, loss_fn, rest, to, where, is_rest=is_rest)
+        if is_rest:
+            self._count(to, len(parts))
+        return set()
 
-        def accumulate(name: str, grad: Tensor) -> None:
-            accumulate_squares_(
-                {name: square_sums[name]} if square_sums else None,
-                {name: grad},
-                {name: sums[name]} if sums else None,
-            )
+    def _samples_of(self, batch: Any, loss_fn: LossFunction | None, where: str) -> Samples:
+        config = getattr(self.model, "config", None)
+        trim = loss_fn is None and not getattr(config, "is_encoder_decoder", False)
+        return samples_of(batch, trim=trim, where=where)
 
-        stream = GradientStream(self.model, self._candidates.parameters, accumulate, where)
+    def _samples_in(self, batch: Any, where: str) -> int:
+        """The number of samples that a batch of the task counts for."""
+        return self._samples_of(batch, self._loss_fn, where).grid.count if self._per_sample else 1
+
+    def _loop(
+        self,
+        parts: list[Any],
+        loss_fn: LossFunction | None,
+        parameters: Mapping[str, nn.Parameter],
+        to: Target,
+        where: str,
+        *,
+        is_rest: bool = False,
+    ) -> None:
+        """One backward per part, for some parameters.
+
+        `is_rest`: the other parameters' gradients are in already, so these need not be reached,
+        and the samples are not counted.
+        """
+        stream = GradientStream(self.model, parameters, to.take, where)
         with stream.running():
-            for row, part in enumerate(rows):
-                sample = self._reference_samples if to_reference else self._samples
-                what = f"sample {sample}"
-                if len(rows) > 1:
+            for row, part in enumerate(parts):
+                to.sample = to.first + row
+                what = f"sample {to.sample}"
+                if len(parts) > 1:
                     what += f" (row {row} of its batch)"
-                loss = finite_loss(self.model, part, loss_fn, what=what, where=where)
-                try:
-                    stream.backward(loss, what)
-                except BaseException as error:
-                    if stream.seen:
-                        self._spoiled = (
-                            f"the backward pass of {what} stopped after {len(stream.seen)} "
-                            f"parameters: {error}"
-                        )
-                    raise
-                if to_reference:
-                    self._reference_samples += 1
-                else:
-                    self._samples += 1
+                must_reach = self._must_reach and not is_rest
+                loss = loss_of(self.model, part, loss_fn, what=what, where=where)
+                check_loss(loss, part, what=what, where=where, must_depend=must_reach)
+                if loss.requires_grad:
+                    with self._spoiling(f"the backward pass of {what}", lambda: len(stream.seen)):
+                        stream.backward(loss, what, must_reach=must_reach)
+                self._reached |= bool(stream.seen)
+                if not is_rest:
+                    self._count(to, 1)
+
+    def _count(self, to: Target, samples: int) -> None:
+        if to.is_reference:
+            self._reference_samples += samples
+        else:
+            self._samples += samples
+
+    @contextmanager
+    def _spoiling(self, what: str, touched: Callable[[], int]) -> Iterator[None]:
+        """Remember that the statistics are incomplete if something stops after an addition."""
+        try:
+            yield
+        except BaseException as error:
+            if touched():
+                self._spoiled = f"{what} stopped after {touched()} parameters: {error}"
+            raise
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-            for name, parameter in self._candidates.parameters.items()
-        }
+        return {name: self._zero(name) for name in self._candidates.parameters}
+
+    def _zero(self, name: str) -> Tensor:
+        parameter = self._candidates.parameters[name]
+        return torch.zeros(parameter.shape, dtype=self._dtype, device=parameter.device)
 
     def _check_sound(self, where: str) -> None:
         if self._spoiled is not None:
@@ -218,3 +307,13 @@ class Statistics:
             return self._kept, 1
         both = {n: t / self._reference_samples for n, t in self._reference.items()}
         return {name: tensor.add_(self._kept[name]) for name, tensor in both.items()}, 1
+
+
+def _refuse_batch_norm(model: nn.Module, where: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"{where}: samples of one batch must not depend on each other, got batch norm in "
+                f"training mode ({name!r}); call model.eval(), or pass per_sample='loop' to "
+                "normalise every sample by itself, or per_sample=False"
+            )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
 from piece_ops._files import read_tensors, write_tensors
 from piece_ops.importance.candidates import Candidates
 from piece_ops.importance.scores import NEEDS
-from piece_ops.importance.statistics import Statistics
+from piece_ops.importance.statistics import DTYPES, Statistics
 
 _FORMAT, _VERSION = "piece_ops.importance", 1
 _KINDS = ("sums", "square_sums", "reference", "kept")  # attributes of Statistics, less the "_"
@@ -37,16 +37,24 @@ def write_statistics(
 
 
 class StatisticsFile:
-    """A file of `write_statistics`, checked against a model; `fill` reads its tensors."""
+    """A file of `write_statistics`, checked against a model; `fill` reads (some of) its tensors."""
 
-    def __init__(self, path: str | os.PathLike[str], model: nn.Module, where: str) -> None:
-        info, names, self._read = read_tensors(
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        where: str,
+        names: Collection[str] | None = None,
+    ) -> None:
+        info, stored, self._read = read_tensors(
             path, file_format=_FORMAT, version=_VERSION, where=where
         )
-        self._path, self._where, self._names = str(path), where, set(names)
+        self._path, self._where, self._stored = str(path), where, set(stored)
         try:
             shapes = {str(n): tuple(s) for n, s in info["shapes"].items()}
             self.settings = {key: info[key] for key in _SETTINGS}
+            self.settings["accumulators"] = info.get("accumulators", "float32")
+            self._dtype = DTYPES[self.settings["accumulators"]]
             self._counts = int(info["samples"]), int(info["reference_samples"])
             NEEDS[self.settings["method"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -67,7 +75,8 @@ class StatisticsFile:
         official = self.settings["compat"] is not None
         counted = [p for p in found.values() if p.requires_grad or not official]
         self.candidates = Candidates(
-            {name: found[name] for name in shapes}, sum(p.numel() for p in counted)
+            {name: found[name] for name in shapes if names is None or name in names},
+            sum(p.numel() for p in counted),
         )
 
     def fill(self, statistics: Statistics) -> None:
@@ -75,7 +84,7 @@ class StatisticsFile:
         statistics._samples, statistics._reference_samples = self._counts
         for kind in _KINDS:
             keys = {name: f"{kind}/{name}" for name in self.candidates.parameters}
-            present = self._names & set(keys.values())
+            present = self._stored & set(keys.values())
             if not present:
                 continue
             if len(present) < len(keys):
@@ -86,10 +95,11 @@ class StatisticsFile:
             held = {}
             for name, parameter in self.candidates.parameters.items():
                 tensor = self._read(keys[name])
-                if tensor.dtype != torch.float32 or tensor.shape != parameter.shape:
+                if tensor.dtype != self._dtype or tensor.shape != parameter.shape:
                     raise ValueError(
                         f"{self._where}: {self._path!r} is damaged: {kind} of {name!r} must be "
-                        f"float32 {list(parameter.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                        f"{self._dtype} {list(parameter.shape)}, got {tensor.dtype} "
+                        f"{list(tensor.shape)}"
                     )
                 held[name] = tensor.to(parameter.device)
             setattr(statistics, f"_{kind}", held)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 import piece_ops
 from piece_ops import reference
-from piece_ops.backends import cuda
+from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
 from helpers.compare import (
@@ -36,11 +37,20 @@ from helpers.on_gpu import each, gpu_implementations
 from helpers.tolerances import per_sample_squares, per_sample_sums
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACTS = ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total", "select_topk")
+CONTRACTS = (
+    "accumulate_squares",
+    "sparse_adamw",
+    "gather",
+    "scatter",
+    "total",
+    "select_topk",
+    "sampled_weight_grad",
+)
 CONTRACTS_OF_TRITON = ("accumulate_per_sample_squares",)
 # What their tests say of the CPU alone: its instruction sets, its bits, its modes.
 CPU_ONLY = "not instruction_sets and not same_bits and not flush_denormal"
 GPU = torch.device("cuda", 0)
+SANITIZER_SECONDS = 150
 
 
 def search_path() -> dict[str, str]:
@@ -189,7 +199,7 @@ def check_host_time_of_a_plan() -> None:
     """Not a measurement, only that nothing waits: 200 steps are queued behind a long kernel."""
     index = torch.arange(0, 1000, 3, device=GPU)
     lists = [[torch.zeros(index.numel(), device=GPU)] for _ in range(4)]
-    plan = cuda.SparseAdamwPlan([torch.zeros(1000, device=GPU)], [index], *lists)
+    plan = SparseAdamwPlan([torch.zeros(1000, device=GPU)], [index], *lists)
     plan.step(1, 1e-3)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second
@@ -250,14 +260,21 @@ def check_compute_sanitizer() -> None:
         print("   no compute-sanitizer here: left out")
         return
     for kind in ("memcheck", "racecheck"):
-        command = [tool, f"--tool={kind}", "--error-exitcode=9", sys.executable, "-m", "gpu.run"]
-        done = subprocess.run(
-            [*command, "same_bits_as_the_cpu"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=search_path(),
-        )
+        # Only kernels with this in their mangled names: torch's would take minutes.
+        command = [tool, f"--tool={kind}", "--error-exitcode=9", "--kernel-name", "kns=piece_ops"]
+        command += [sys.executable, "-m", "gpu.run", "same_bits_as_the_cpu"]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=search_path(),
+                timeout=SANITIZER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"   {kind}: not done in {SANITIZER_SECONDS} s: left out")
+            continue
         if done.returncode and "ERROR SUMMARY" not in done.stdout:
             print(f"   {kind} cannot run here: {done.stdout[-300:]} {done.stderr[-300:]}")
             continue
@@ -293,6 +310,7 @@ def main(names: list[str]) -> int:
             check()
         except (Exception, SystemExit) as error:
             failed.append(name)
+            traceback.print_exc(file=sys.stdout)
             print(f"   FAILED: {type(error).__name__}: {error}")
         else:
             print(f"   held, {time.perf_counter() - start:.1f} s")

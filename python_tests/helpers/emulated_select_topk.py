@@ -18,6 +18,18 @@ from helpers.cases import BF16, F16, F32, draw, some_positions
 Run = Callable[[], Any]
 
 
+def sampled_positions(n: int) -> Tensor:
+    """The positions that the sample looks at (select_topk_bound.cu)."""
+    length = max(min(max(n // 8192, 16), 4096), n >> 19)
+    mask, found = (1 << 64) - 1, []
+    for s in range((n + length - 1) // length):
+        h = (s * 0x9E3779B97F4A7C15) & mask
+        h = ((h ^ (h >> 29)) * 0xBF58476D1CE4E5B9) & mask
+        own = min(length, n - s * length)
+        found.append(s * length + (((h >> 32) * own) >> 32))
+    return torch.tensor(found)
+
+
 def chunk_maxima(first: list[Tensor]) -> list[Tensor]:
     """The largest of every 32 elements of float32 scores."""
     padded = [torch.nn.functional.pad(x, (0, -x.numel() % 32), value=-1e30) for x in first]

@@ -114,6 +114,23 @@ def case_total(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, 
         yield f"total {len(sizes)}", lambda x=x: cuda["total"](x), lambda x=x: OPS.total(x)
 
 
+def case_sampled(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, Run, Run]]:
+    """Several tiles of rows in a block's 64 indices, odd tokens and columns, every dtype."""
+    op = "sampled_weight_grad"
+    for tokens, out, width, share in ((1, 5, 3, 1.0), (300, 70, 19, 0.2), (530, 40, 33, 0.05)):
+        for dtypes in ((F32, BF16), (BF16, F16), (F16, F32)):
+            grads, x = (
+                draw("normal", tokens * (n + 3), dtype, g).view(tokens, n + 3)[:, 1 : n + 1]
+                for n, dtype in zip((out, width), dtypes, strict=True)
+            )
+            given = grads, x, some_positions(out * width, share, g)
+            yield (
+                f"{op} {tokens} {out} {width} {dtypes}",
+                lambda given=given: cuda[op](*given),
+                lambda given=given: OPS.sampled_weight_grad(*given),
+            )
+
+
 def case_select(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, Run, Run]]:
     from helpers.emulated_select_topk import cases
 
@@ -124,6 +141,7 @@ CASES = {
     "accumulate_squares": case_accumulate,
     "slots": case_slots,
     "total": case_total,
+    "sampled_weight_grad": case_sampled,
     "select_topk": case_select,
 }
 

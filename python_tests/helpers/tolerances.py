@@ -70,3 +70,27 @@ def per_sample_squares(tokens: int, samples: int) -> float:
     Squaring doubles the gradient's relative error and rounds once.
     """
     return (2 * (tokens + 1) + samples + 4) * EPS32
+
+
+# A delta exported to SHiRA, float32 weights, relative to |value| + |value - base|: the difference
+# is rounded once by us, base + difference once by peft; the quadratic term is covered by the 1.01.
+SHIRA_WEIGHT = 1.01 * EPS32
+# The logits then, relative to the largest one: about 15 products of width 40 in a row (two layers),
+# each of whose terms has a weight that is off by two roundings and is rounded itself.
+SHIRA_LOGITS = 15 * 40 * 3 * EPS32
+
+# Per-sample gradients of a model of a few layers, batched or not, against float64; relative to the
+# largest gradient element of the sample anywhere in the model. Each number comes through some tens
+# of products and sums of up to a hundred terms, forward and back: 2^8 roundings of float32. In
+# bfloat16 (unit roundoff 2^-9) activations are rounded between layers, sums inside are not: 2^4.
+PER_SAMPLE_GRADIENT = 2**8 * EPS32
+PER_SAMPLE_GRADIENT_BF16 = 2**4 * 2.0**-9
+
+
+def rounded_sum_error(terms: int, largest: float, copies: int) -> float:
+    """bfloat16 sums rounded at random: how far the mean of independent copies may be off.
+
+    Every addition errs by less than one place (2^-7 relative, mean zero), independently; four
+    standard deviations of the mean over `copies`.
+    """
+    return 4.0 * 2.0**-7 * largest * (terms / copies) ** 0.5

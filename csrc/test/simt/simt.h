@@ -1,7 +1,7 @@
 // simt.h - the CUDA that csrc/cuda uses, on one CPU thread: for tests only.
 //
 // A .cu file is compiled by g++ with -DPIECE_OPS_CUDA_EMULATION; its kernels then run on fibers,
-// one for every CUDA thread that ever waits (simt.cpp). What each thing checks:
+// one for every CUDA thread that ever waits (fibers.cpp). What each thing checks:
 //
 //   __syncthreads    a thread that ends or waits elsewhere is a deadlock, reported with who waits
 //   where
@@ -26,6 +26,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -106,6 +107,11 @@ int blocks_per_multiprocessor();
 void skip_barrier(const char* file_suffix, int line);
 int64_t skipped_count();
 int64_t launch_count();
+// Counts the pages of this memory that kernels touch, each once a launch; bytes 0: none. The memory
+// must be whole pages of its own. touched_pages() has, since watch(), a number for every launch
+// that touched any.
+void watch(void* memory, size_t bytes);
+const std::vector<int64_t>& touched_pages();
 
 enum class Barrier { kPlain, kCount, kAnd, kOr };
 int sync_threads(Barrier kind, int predicate, const char* file, int line);
@@ -221,173 +227,5 @@ struct Site {
 #define __reduce_or_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kOr, mask, v, "__reduce_or_sync")
 #define __reduce_and_sync(mask, v) PIECE_OPS_SIMT_REDUCE(kAnd, mask, v, "__reduce_and_sync")
 
-// ---- intrinsics of one thread
-// --------------------------------------------------------------------
-
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline int __clzll(long long x) {
-  return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
-}
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __brev(unsigned x) {
-  unsigned reversed = 0;
-  for (int i = 0; i < 32; ++i) reversed |= ((x >> i) & 1u) << (31 - i);
-  return reversed;
-}
-inline unsigned __float_as_uint(float x) { return simt::from_word<unsigned>(simt::to_word(x)); }
-inline float __uint_as_float(unsigned x) { return simt::from_word<float>(simt::to_word(x)); }
-inline int __float_as_int(float x) { return simt::from_word<int>(simt::to_word(x)); }
-inline float __int_as_float(int x) { return simt::from_word<float>(simt::to_word(x)); }
-
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldca(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldlu(const T* p) {
-  return *p;
-}
-template <class T>
-void __stcs(T* p, T value) {
-  *p = value;
-}
-template <class T>
-void __stcg(T* p, T value) {
-  *p = value;
-}
-
-inline void __threadfence() { asm volatile("" ::: "memory"); }
-inline void __threadfence_block() { asm volatile("" ::: "memory"); }
-
-// Atomics, relaxed as in CUDA; the same overloads, so that what nvcc would refuse is refused here.
-namespace simt {
-template <class T, class Change>
-T update(T* p, Change change) {
-  T old;
-  __atomic_load(p, &old, __ATOMIC_RELAXED);
-  for (;;) {
-    T next = change(old);
-    if (__atomic_compare_exchange(p, &old, &next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-      return old;
-    }
-  }
-}
-}  // namespace simt
-
-#define PIECE_OPS_SIMT_INTEGER_ATOMICS(T)                                                    \
-  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }       \
-  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }         \
-  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }       \
-  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }       \
-  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }     \
-  inline T atomicMax(T* p, T v) {                                                            \
-    return simt::update(p, [v](T old) { return old < v ? v : old; });                        \
-  }                                                                                          \
-  inline T atomicMin(T* p, T v) {                                                            \
-    return simt::update(p, [v](T old) { return v < old ? v : old; });                        \
-  }                                                                                          \
-  inline T atomicCAS(T* p, T expected, T v) {                                                \
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
-    return expected;                                                                         \
-  }
-PIECE_OPS_SIMT_INTEGER_ATOMICS(int)
-PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned)
-PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned long long)
-#undef PIECE_OPS_SIMT_INTEGER_ATOMICS
-inline float atomicAdd(float* p, float v) {
-  return simt::update(p, [v](float old) { return old + v; });
-}
-inline double atomicAdd(double* p, double v) {
-  return simt::update(p, [v](double old) { return old + v; });
-}
-
-// ---- the host's side of the runtime
-// --------------------------------------------------------------
-
-using cudaStream_t = struct CUstream_st*;
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100,
-  cudaErrorInvalidDevice = 101,
-  cudaErrorNoKernelImageForDevice = 209,
-};
-enum cudaMemcpyKind {
-  cudaMemcpyHostToHost,
-  cudaMemcpyHostToDevice,
-  cudaMemcpyDeviceToHost,
-  cudaMemcpyDeviceToDevice,
-  cudaMemcpyDefault,
-};
-enum cudaDeviceAttr {
-  cudaDevAttrMaxSharedMemoryPerBlock = 8,
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrL2CacheSize = 38,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = simt::multiprocessors();
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      break;
-    case cudaDevAttrL2CacheSize:
-      *value = 50 << 20;
-      break;
-    default:
-      *value = 227 << 10;
-  }
-  return cudaSuccess;
-}
-template <class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int,
-                                                          size_t) {
-  return *blocks = simt::blocks_per_multiprocessor(), cudaSuccess;
-}
-template <class... P>
-cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  return bytes ? std::memset(p, value, bytes) : nullptr, cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  return bytes ? std::memcpy(to, from, bytes) : nullptr, cudaSuccess;
-}
+#include "intrinsics.h"  // these two need what stands above
+#include "runtime.h"

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "piece_ops/core/context.h"
+#include "piece_ops/core/table.h"
 #include "piece_ops/core/view.h"
 
 namespace piece_ops {
@@ -25,5 +26,19 @@ struct SampledWeightGradArgs {
 namespace cpu {
 void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+
+// For check_indices (ops/device.h).
+Table make_table(const SampledWeightGradArgs& args);
+// Scratch, on the device, for each block of tokens that is worked on at the same time; a multiple
+// of 16.
+int64_t sampled_weight_grad_bytes(const SampledWeightGradArgs& args);
+// All pointers are the device's; scratch (16-byte aligned) is for so many blocks, at least one. The
+// indices were checked before.
+void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& args, void* scratch,
+                         int64_t blocks_at_once);
+
+}  // namespace cuda
 
 }  // namespace piece_ops

@@ -1,0 +1,98 @@
+// intrinsics.h - the part of simt.h that one thread does by itself: bits, cached loads, atomics.
+#pragma once
+
+#include <cstdint>
+
+#include "simt.h"
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __clzll(long long x) {
+  return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __brev(unsigned x) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= ((x >> i) & 1u) << (31 - i);
+  return reversed;
+}
+inline unsigned __float_as_uint(float x) { return simt::from_word<unsigned>(simt::to_word(x)); }
+inline float __uint_as_float(unsigned x) { return simt::from_word<float>(simt::to_word(x)); }
+inline int __float_as_int(float x) { return simt::from_word<int>(simt::to_word(x)); }
+inline float __int_as_float(int x) { return simt::from_word<float>(simt::to_word(x)); }
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldca(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldlu(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+template <class T>
+void __stcg(T* p, T value) {
+  *p = value;
+}
+
+inline void __threadfence() { asm volatile("" ::: "memory"); }
+inline void __threadfence_block() { asm volatile("" ::: "memory"); }
+
+// Atomics, relaxed as in CUDA; the same overloads, so that what nvcc would refuse is refused here.
+namespace simt {
+template <class T, class Change>
+T update(T* p, Change change) {
+  T old;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  for (;;) {
+    T next = change(old);
+    if (__atomic_compare_exchange(p, &old, &next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      return old;
+    }
+  }
+}
+}  // namespace simt
+
+#define PIECE_OPS_SIMT_INTEGER_ATOMICS(T)                                                    \
+  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }         \
+  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }       \
+  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }     \
+  inline T atomicMax(T* p, T v) {                                                            \
+    return simt::update(p, [v](T old) { return old < v ? v : old; });                        \
+  }                                                                                          \
+  inline T atomicMin(T* p, T v) {                                                            \
+    return simt::update(p, [v](T old) { return v < old ? v : old; });                        \
+  }                                                                                          \
+  inline T atomicCAS(T* p, T expected, T v) {                                                \
+    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
+    return expected;                                                                         \
+  }
+PIECE_OPS_SIMT_INTEGER_ATOMICS(int)
+PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned)
+PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned long long)
+#undef PIECE_OPS_SIMT_INTEGER_ATOMICS
+inline float atomicAdd(float* p, float v) {
+  return simt::update(p, [v](float old) { return old + v; });
+}
+inline double atomicAdd(double* p, double v) {
+  return simt::update(p, [v](double old) { return old + v; });
+}

@@ -1,0 +1,253 @@
+"""Selection with fewer bytes of accumulators than all candidates need: groups, and a running top-k.
+
+Parameters are treated in groups, in the model's order, each as large as the budget allows and each
+with a pass of its own over all batches; a group's best meet the best of the groups before it. If
+all samples lie in one batch, one pass does: a parameter's sums are complete, and leave again, as
+soon as backward has passed it. Either way the selection is that of unlimited memory: the sums of a
+parameter do not depend on which other parameters are added up beside it, the running best keep
+their sums, not rounded scores, and equal scores are ranked by position in the model as everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from piece_ops.functional import gather, select_topk
+from piece_ops.importance.batched import BatchedGradients
+from piece_ops.importance.candidates import Candidates
+from piece_ops.importance.rules import Target
+from piece_ops.importance.scores import NEEDS, RANKED_BY, Numbers, totals_of
+from piece_ops.importance.sources import show_progress
+from piece_ops.importance.statistics import Statistics
+from piece_ops.selection import Selection
+
+if TYPE_CHECKING:
+    from piece_ops.importance.estimator import Importance
+
+_WHERE = "piece_ops.estimate"
+
+
+class RunningTop:
+    """The k best coordinates of the parameters seen so far, with the numbers that rank them.
+
+    `score` turns these numbers into what `select_topk` takes, and a factor for the threshold.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        order: Iterable[str],
+        score: Callable[[Numbers], tuple[Any, float]],
+        excluded: Mapping[str, Tensor],
+    ) -> None:
+        self._k, self._order, self._score, self._excluded = k, tuple(order), score, excluded
+        self._indices: dict[str, Tensor] = {}
+        self._numbers: Numbers = {}
+
+    def merge(self, given: Numbers) -> None:
+        """Take the best of some more parameters, given whole."""
+        sizes = {name: tensor.numel() for name, tensor in next(iter(given.values())).items()}
+        excluded = {name: self._excluded[name] for name in sizes if name in self._excluded}
+        room = sum(sizes.values()) - sum(tensor.numel() for tensor in excluded.values())
+        scores, _ = self._score(given)
+        top = select_topk(scores, min(self._k, room), exclude=excluded or None)
+        indices = self._indices | {n: i for n, i in top.indices.items() if i.numel()}
+        numbers = {
+            kind: self._numbers.get(kind, {}) | gather(dict(tensors), dict(top.indices))
+            for kind, tensors in given.items()
+        }
+        # In the model's order: positions then rank equal scores as in one selection over all.
+        names = [name for name in self._order if name in indices]
+        self._keep(indices, {kind: {n: held[n] for n in names} for kind, held in numbers.items()})
+
+    def _keep(self, indices: dict[str, Tensor], numbers: Numbers) -> None:
+        scores, _ = self._score(numbers)
+        names = list(next(iter(numbers.values())))
+        top = select_topk(scores, min(self._k, sum(indices[name].numel() for name in names)))
+        self._indices = {name: indices[name][top.indices[name]] for name in names}
+        self._numbers = {
+            kind: gather(dict(held), dict(top.indices)) for kind, held in numbers.items()
+        }
+
+    def result(self) -> tuple[dict[str, Tensor], float]:
+        """Indices by parameter, in the model's order, and the threshold."""
+        scores, scale = self._score(self._numbers)
+        return self._indices, float(select_topk(scores, self._k).threshold) * scale
+
+
+class _Passing(Target):
+    """Accumulators of the parameters under way only; what is complete is merged and goes."""
+
+    once = True
+
+    def __init__(self, part: Importance, merge: Callable[[Numbers], None]) -> None:
+        self._part, self._merge = part, merge
+        self._held: dict[str, dict[str, Tensor]] = {"square_sums": {}, "sums": {}}
+        self._inner = part._target(self._held["square_sums"], self._held["sums"], 0, False)
+        self.done: set[str] = set()
+        super().__init__({}, {}, 0)
+
+    def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        need = NEEDS[self._part.method]
+        for kind, wanted in (("square_sums", need.square_sums), ("sums", need.sums)):
+            if wanted and name not in self._held[kind]:
+                self._held[kind][name] = self._part._zero(name)
+        return self._inner.open(name)
+
+    def close(self, name: str) -> None:
+        self._inner.close(name)
+        held = {kind: tensors.pop(name, None) for kind, tensors in self._held.items()}
+        held["weights"] = self._part._candidates.parameters[name].detach()
+        kinds = RANKED_BY[self._part.method]
+        self._merge({k: {name: t} for k in kinds if (t := held[k]) is not None})
+        self.done.add(name)
+
+
+def bytes_of(importance: Importance) -> dict[str, int]:
+    """Accumulator bytes of every candidate, when most of them are needed."""
+    sources, size = importance._sources, importance._dtype.itemsize
+    need = NEEDS[importance.method]
+    count = need.sums + need.square_sums
+    if need.reference:
+        # The running source, the mean of those before it, and what a stored one is read into.
+        paths = [s for s in sources if s != "self" and isinstance(s, (str, os.PathLike))]
+        count += 1 + (len(sources) > 1) + 2 * bool(paths)
+    return {n: size * count * p.numel() for n, p in importance._candidates.parameters.items()}
+
+
+def groups_within(needs: Mapping[str, int], budget: int) -> list[list[str]]:
+    """Consecutive parameters that fit into the budget together.
+
+    Raises
+    ------
+    ValueError
+        One parameter alone needs more.
+    """
+    largest = max(needs, key=lambda name: needs[name])
+    if needs[largest] > budget:
+        raise ValueError(
+            f"{_WHERE}: memory_budget must be at least {needs[largest]} bytes (the accumulators "
+            f"of {largest!r}, the largest candidate), got {budget}"
+        )
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, need in needs.items():
+        if used + need > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += need
+    return groups
+
+
+def select_within(
+    importance: Importance,
+    batches: Iterable[Any],
+    k: int,
+    budget: int,
+    excluded: Mapping[str, Tensor],
+    progress: bool,
+) -> Selection:
+    """What `Importance.select` chooses after `Importance.update` with all batches."""
+    groups = groups_within(bytes_of(importance), budget)
+    repeatable = _repeatable(batches, "batches")
+    importance = copy.copy(importance)
+    importance._sources = [
+        _repeatable(s, "reference") if _is_batches(s) else s for s in importance._sources
+    ]
+    if "self" in importance._sources:
+        importance._written = list(importance._self_texts())
+    plans = BatchedGradients(importance.model, importance._candidates.parameters)
+    mean = _reference_mean(importance, plans, groups, progress)
+    counts = (0, 1)  # samples, and reference samples
+
+    def score(numbers: Numbers) -> tuple[Any, float]:
+        return importance._scores(numbers, *counts, mean)
+
+    top = RunningTop(k, importance.names, score, excluded)
+    seen: set[int] = set()
+    reached = False
+    left = set(importance.names)
+    is_one = isinstance(repeatable, list) and len(repeatable) == 1
+    if is_one and not NEEDS[importance.method].reference:
+        part = _part(importance, plans, importance.names)
+        counts = (part._samples_in(repeatable[0], _WHERE), 1)
+        seen.add(counts[0])
+        passing = _Passing(part, top.merge)
+        left = part._add(repeatable[0], _WHERE, part._loss_fn, passing)
+        for name in part.names:
+            if name not in left and name not in passing.done:  # no gradient reached it
+                passing.open(name)
+                passing.close(name)
+        reached = len(left) < len(part.names)  # else it would have raised
+    groups = [kept for group in groups if (kept := [name for name in group if name in left])]
+    for number, group in enumerate(groups):
+        title = f"importance, part {number + 1} of {len(groups)}"
+        part = _part(importance, plans, group)
+        part.run_reference()
+        for batch in show_progress(repeatable, title, progress):
+            part.update(batch)
+        seen.add(part.sample_count)
+        if len(seen) > 1 or not part.sample_count:
+            raise ValueError(
+                f"{_WHERE}: batches must hold samples, the same in every pass, got "
+                f"{' and '.join(map(str, sorted(seen)))} of them"
+            )
+        reached |= part._reached
+        counts = (part.sample_count, part._numbers(_WHERE)[1])
+        top.merge(part._numbers(_WHERE)[0])
+        part.reset()  # before the next one's accumulators come
+    if not reached:
+        raise ValueError(f"{_WHERE}: the loss must depend on the candidate parameters")
+    return importance._selection(*top.result())
+
+
+def _part(importance: Importance, plans: BatchedGradients, names: Iterable[str]) -> Importance:
+    """The same settings for some of the candidates, without statistics."""
+    part = copy.copy(importance)
+    parameters = importance._candidates.parameters
+    part._candidates = Candidates({name: parameters[name] for name in names}, importance.total)
+    part.reset()
+    part._batched = plans
+    part._must_reach = len(part.names) == len(parameters)
+    return part
+
+
+def _reference_mean(
+    importance: Importance, plans: BatchedGradients, groups: list[list[str]], progress: bool
+) -> float:
+    """piece-g's constant, the mean of the reference over all candidates: a sweep of its own."""
+    if not NEEDS[importance.method].reference:
+        return 0.0
+    totals: list[float] = []
+    for group in groups:
+        part = _part(importance, plans, group)
+        part.run_reference(progress)
+        squares, _ = part._reference_statistics(_WHERE)
+        totals += totals_of(squares)
+    return math.fsum(totals) / importance.candidate_count
+
+
+def _is_batches(source: Any) -> bool:
+    return not isinstance(source, (str, os.PathLike, Statistics))
+
+
+def _repeatable(batches: Iterable[Any], what: str) -> Any:
+    """Batches that can be iterated again and again; a list when it is only one."""
+    iterator = iter(batches)
+    first = list(islice(iterator, 2))
+    if len(first) < 2:
+        return first
+    if iterator is batches:
+        raise TypeError(
+            f"{_WHERE}: with a memory_budget that needs several passes, {what} must be a sequence "
+            f"or an object that can be iterated again, got a one-shot {type(batches).__name__}"
+        )
+    return batches

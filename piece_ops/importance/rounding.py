@@ -1,0 +1,85 @@
+"""bfloat16 accumulators: what is added is rounded at random, by a counter, not by a state.
+
+A float32 sum x lies between two bfloat16 numbers; adding a 16-bit random number to its bits and
+cutting off the lower half takes the upper one with the probability of x's share of the distance.
+The mean of many sums is then right, where rounding to nearest stops adding numbers 2^-9 times
+smaller than the sum. The random number is a hash of (seed, accumulator, sample, position).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from piece_ops.importance.rules import Target
+
+_PART = 1 << 17  # elements at a time: temporaries of 1 MB stay in the cache
+_MASK = 0xFFFFFFFF
+
+
+class RoundedTarget(Target):
+    """Adds a batch (or sample) in float32, one parameter at a time, then into bfloat16."""
+
+    def __init__(
+        self,
+        square_sums: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        first: int,
+        is_reference: bool = False,
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__(square_sums, sums, first, is_reference)
+        self._seed = seed
+        self._open: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """float32 zeros, of the accumulators that are wanted."""
+        if name not in self._open:
+            squares, sums = (
+                None if stored is None else torch.zeros_like(stored, dtype=torch.float32)
+                for stored in super().open(name)
+            )
+            self._open[name] = squares, sums
+        return self._open[name]
+
+    def close(self, name: str) -> None:
+        """Add what has come together."""
+        kinds = ("reference" if self.is_reference else "square_sums", "sums")
+        for kind, stored, value in zip(
+            kinds, super().open(name), self._open.pop(name), strict=True
+        ):
+            if stored is not None and value is not None:
+                key = _mix_number(self._seed ^ zlib.crc32(f"{kind}/{name}".encode()))
+                add_rounded_(stored, value, key=_mix_number(key ^ self.sample))
+
+
+def add_rounded_(target: Tensor, value: Tensor, *, key: int) -> None:
+    """``target += value`` in float32, rounded to bfloat16 at random; both contiguous."""
+    stored, added = target.view(-1), value.view(-1)
+    for first in range(0, stored.numel(), _PART):
+        part = stored[first : first + _PART]
+        exact = part.float().add_(added[first : first + _PART])
+        places = torch.arange(first, first + part.numel(), device=part.device)
+        random = _mix(places ^ key ^ _mix_number(first >> 32)) & 0xFFFF
+        # Of a negative number the bits grow with its size: this rounds both signs alike.
+        bits = exact.view(torch.int32).add_(random.int()).bitwise_and_(-65536)
+        part.copy_(bits.view(torch.float32))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit hash (lowbias32) of the lower halves of int64 numbers."""
+    x = x & _MASK
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)
+
+
+def _mix_number(number: int) -> int:
+    x = number & _MASK
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)

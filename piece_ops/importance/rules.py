@@ -1,0 +1,323 @@
+"""Exact per-sample gradients of parameters, from what their modules computed and were sent back.
+
+Every call of a module gives each of its parameters one *use*; the gradient of a sample is the sum
+over all uses of the parameter (tied weights, a module called several times) before it is squared:
+
+- `Product`, the weight of a linear layer: G_n^T X_n, by `accumulate_per_sample_squares_`;
+- `Rows`, the weight of an embedding: rows of G, added up by token;
+- `Each`, anything else, one sample after another: a bias sums rows of G, other parameters get
+  their gradient from their own module, run again on the sample's part alone (`Rerun`).
+
+With H_n from products and E_n from rows, (H_n + E_n)^2 = H_n^2 + 2 H_n E_n + E_n^2, where E_n is
+zero but for the rows of the sample's own tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_
+from piece_ops.importance.batches import Grid
+from piece_ops.importance.layouts import ModuleLayout, cut
+
+
+def kind_of(module: nn.Module) -> str:
+    """Which rule a module's own parameters follow: linear, transposed, embedding or module.
+
+    A subclass that computes in its own way, or an instance whose forward was replaced, is treated
+    like any other module.
+    """
+    kinds: dict[Any, str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
+    pytorch_utils: Any = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None:
+        kinds[pytorch_utils.Conv1D] = "transposed"  # its weight is [in, out]
+    if "forward" not in vars(module):
+        for base, kind in kinds.items():
+            if isinstance(module, base) and type(module).forward is base.forward:
+                return kind
+    return "module"
+
+
+@dataclass
+class Product:
+    """Sample n's gradient is left_n^T right_n; both [tokens, features]."""
+
+    left: Tensor
+    right: Tensor
+    offsets: Tensor
+    columns: Tensor | None = None  # added up already, and left narrowed to these columns
+
+
+@dataclass
+class Rows:
+    """Sample n's gradient has the rows of `grad` [tokens, features] added up at rows `ids`."""
+
+    ids: Tensor
+    grad: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class Each:
+    """Sample n's gradient is `gradient(n)`; None: zero."""
+
+    gradient: Callable[[int], Tensor | None]
+
+
+Use = Product | Rows | Each
+
+
+class Rerun:
+    """A module run again on one sample's part of its arguments, for its parameters' gradients."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        arguments: tuple[list[Any], Any],
+        grads: Sequence[Tensor | None],
+        layout: ModuleLayout,
+        grid: Grid,
+        context: Callable[[], Any],
+    ) -> None:
+        self._module, self._parameters = module, parameters
+        self._leaves, self._spec = arguments
+        self._grads, self._layout, self._grid = grads, layout, grid
+        self._context = context
+        self._last: tuple[int, dict[str, Tensor | None]] = (-1, {})
+
+    def gradient(self, name: str, sample: int) -> Tensor | None:
+        """One parameter's gradient; all of the sample's are computed together."""
+        if self._last[0] != sample:
+            self._last = sample, self._run(sample)
+        return self._last[1][name]
+
+    def _run(self, sample: int) -> dict[str, Tensor | None]:
+        layouts = iter(self._layout.inputs)
+        leaves = [
+            cut(leaf.detach(), next(layouts), self._grid, sample)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in self._leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        with self._context(), torch.enable_grad(), _requiring_grad(self._parameters.values()):
+            output = self._module.forward(*args, **kwargs)
+            results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            pairs = [
+                (result, cut(grad, layout, self._grid, sample).to(result.dtype))
+                for result, grad, layout in zip(
+                    results, self._grads, self._layout.outputs, strict=True
+                )
+                if grad is not None and result.requires_grad
+            ]
+            found: Sequence[Tensor | None] = [None] * len(self._parameters)
+            if pairs:
+                found = torch.autograd.grad(
+                    [result for result, _ in pairs],
+                    list(self._parameters.values()),
+                    [grad for _, grad in pairs],
+                    allow_unused=True,
+                )
+        return dict(zip(self._parameters, found, strict=True))
+
+
+@contextmanager
+def _requiring_grad(parameters: Any) -> Iterator[None]:
+    chosen = list(parameters)
+    try:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+
+
+def sum_rows(grad: Tensor, bounds: Tensor) -> Callable[[int], Tensor]:
+    """The gradient of a bias: the sum over a sample's tokens, in float32."""
+    places = bounds.tolist()
+    return lambda n: grad[places[n] : places[n + 1]].sum(0, dtype=torch.float32)
+
+
+# --------------------------------------------------------------------------------------- adding up
+
+
+class Target:
+    """Where gradients go, parameter by parameter.
+
+    With `once` every parameter is closed for good after one batch, so there is no second pass over
+    single samples for what the rules do not cover.
+    """
+
+    once = False
+
+    def __init__(
+        self,
+        square_sums: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        first: int,
+        is_reference: bool = False,
+    ) -> None:
+        self._square_sums, self._sums = square_sums, sums
+        # `first` is the number of the next batch's first sample; `sample` that under way.
+        self.first, self.sample, self.is_reference = first, first, is_reference
+
+    def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The float32 accumulators of squares and of gradients, of those that are wanted."""
+        return self._square_sums.get(name), self._sums.get(name)
+
+    def close(self, name: str) -> None:
+        """The batch's gradients of the parameter are all in."""
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add one gradient and its square; raises ValueError when it is not finite."""
+        squares, sums = self.open(name)
+        accumulate_squares_(
+            None if squares is None else {name: squares},
+            {name: grad},
+            None if sums is None else {name: sums},
+        )
+
+    def take(self, name: str, grad: Tensor) -> None:
+        """Add the only gradient that a backward has for a parameter."""
+        self.add(name, grad)
+        self.close(name)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Adds samples' gradients, each times its factor."""
+
+    to: Target
+    scales: list[float]
+
+    def add(self, name: str, uses: Sequence[Use]) -> None:
+        """Add one parameter's gradients, complete."""
+        each = [use for use in uses if isinstance(use, Each)]
+        if each:
+            self.add_each({name: each})
+            return
+        products = [use for use in uses if isinstance(use, Product)]
+        rows = [use for use in uses if isinstance(use, Rows)]
+        if products:
+            joined = _join_products(products)
+            if joined.columns is None:
+                self.add_product(name, joined)
+            if rows:
+                self.add_rows(name, _join_rows(rows), joined)
+        else:
+            self.add_rows(name, _join_rows(rows), None)
+
+    def add_product(self, name: str, use: Product) -> None:
+        """Products alone; `add_rows` adds what they and rows have together."""
+        for tensor in (use.left, use.right):
+            self._check(name, tensor, use.offsets)
+        plain = all(scale == 1.0 for scale in self.scales)
+        squares, sums = self.to.open(name)
+        accumulate_per_sample_squares_(
+            squares,
+            _dense_features(use.left),
+            _dense_features(use.right),
+            use.offsets,
+            sums,
+            None if plain else torch.tensor(self.scales),
+        )
+
+    def add_rows(self, name: str, use: Rows, product: Product | None) -> None:
+        """Rows, and twice the rows times the products of the same parameter."""
+        self._check(name, use.grad, use.offsets)
+        square_sums, sums = self.to.open(name)
+        for n, (first, end) in enumerate(itertools.pairwise(use.offsets.tolist())):
+            ids, places = torch.unique(use.ids[first:end], return_inverse=True)
+            part = use.grad.new_zeros((ids.numel(), use.grad.shape[1]), dtype=torch.float32)
+            part.index_add_(0, places, use.grad[first:end].float()).mul_(self.scales[n])
+            if sums is not None:
+                sums.index_add_(0, ids, part)
+            if square_sums is None:
+                continue
+            squares = part * part
+            if product is not None:
+                other = _product_rows(product, n, ids).mul_(self.scales[n])
+                squares.add_(part.mul_(other), alpha=2.0)
+            # A square of (rows + product) is not negative; the sum of its rounded terms could be.
+            square_sums[ids] = (square_sums[ids] + squares).clamp_(min=0.0)
+
+    def add_each(self, uses: Mapping[str, Sequence[Each]]) -> None:
+        """One sample after another; the parameters of one module together."""
+        for n, scale in enumerate(self.scales):
+            for name, parts in uses.items():
+                found = [grad for use in parts if (grad := use.gradient(n)) is not None]
+                if not found:
+                    continue
+                grad = found[0].float() if scale == 1.0 else found[0].float() * scale
+                for more in found[1:]:
+                    grad = grad + more.float() * scale
+                try:
+                    self.to.add(name, grad.contiguous())
+                except ValueError as error:
+                    raise NotFinite(name, n) from error
+
+    def _check(self, name: str, tensor: Tensor, bounds: Tensor) -> None:
+        """Raise for the first sample with a NaN or an infinity."""
+        if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            return
+        for n, (first, end) in enumerate(itertools.pairwise(bounds.tolist())):
+            if not bool(torch.isfinite(tensor[first:end]).all()):
+                raise NotFinite(name, n)
+
+
+class NotFinite(ValueError):
+    """A gradient that is NaN or infinite: of which parameter, from which sample of the batch."""
+
+    def __init__(self, name: str, sample: int) -> None:
+        super().__init__(f"got NaN or infinity for {name!r}")
+        self.sample = sample
+
+
+def _dense_features(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _join_products(uses: Sequence[Product]) -> Product:
+    if len(uses) == 1:
+        return uses[0]
+    left, bounds = _interleave([(use.left, use.offsets) for use in uses])
+    right, _ = _interleave([(use.right, use.offsets) for use in uses])
+    return Product(left, right, bounds)
+
+
+def _join_rows(uses: Sequence[Rows]) -> Rows:
+    if len(uses) == 1:
+        return uses[0]
+    ids, bounds = _interleave([(use.ids, use.offsets) for use in uses])
+    grad, _ = _interleave([(use.grad, use.offsets) for use in uses])
+    return Rows(ids, grad, bounds)
+
+
+def _interleave(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All tokens of sample 0 from every part, then of sample 1, and so on."""
+    pieces = [
+        tensor[first:end]
+        for pairs in zip(*[itertools.pairwise(bounds.tolist()) for _, bounds in parts], strict=True)
+        for (tensor, _), (first, end) in zip(parts, pairs, strict=True)
+    ]
+    bounds = torch.stack([bounds for _, bounds in parts]).sum(0)
+    kind = torch.promote_types(parts[0][0].dtype, parts[-1][0].dtype)
+    return torch.cat([piece.to(kind) for piece in pieces]), bounds
+
+
+def _product_rows(use: Product, sample: int, ids: Tensor) -> Tensor:
+    """The rows `ids` of one sample's product."""
+    first, end = use.offsets[sample : sample + 2].tolist()
+    columns = ids if use.columns is None else torch.searchsorted(use.columns, ids)
+    return use.left[first:end, columns].float().T @ use.right[first:end].float()
