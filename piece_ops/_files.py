@@ -91,6 +91,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content`, atomically; the folder must exist."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""The ``piece-ops`` command: train, eval, select, delta (cli_delta.py), bench (cli_bench.py), info.
+"""The ``piece-ops`` command: train, report, eval, select, delta and bench (in modules of their own), info.
 
 Errors are one line on standard error and exit status 2; ``--debug`` shows where they come from.
 """
@@ -67,13 +67,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     select.set_defaults(function=_select)
 
+    report = commands.add_parser("report", help="one page about a run, or about several compared")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    report.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE.html",
+        help="the page; its figures are also written as PNG into FILE-figures",
+    )
+    report.set_defaults(function=_report)
+
     deltas = cli_delta.add_commands(commands)
     bench = cli_bench.add_command(commands)
 
     info = commands.add_parser("info", help="say what this build holds")
     info.set_defaults(function=_info)
 
-    for command in (train, evaluation, select, *deltas, bench, info):
+    for command in (train, report, evaluation, select, *deltas, bench, info):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -81,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops train``."""
     from piece_ops.training.continual import run
+    from piece_ops.training.page import REPORT
     from piece_ops.training.report import format_results
 
     results = run(
@@ -94,11 +106,22 @@ def _train(arguments: argparse.Namespace) -> int:
         checkpoint_steps=arguments.checkpoint_every,
         checkpoint_seconds=arguments.checkpoint_seconds,
         save=not arguments.no_save_model,
+        report=not arguments.no_report,
         show=sys.stderr.isatty(),
     )
     print()
     print(format_results(results))
-    print(f"written to {arguments.out}")
+    report = arguments.out / REPORT
+    print(f"written to {arguments.out}" + (f"; look at {report}" if report.exists() else ""))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Run ``piece-ops report``."""
+    from piece_ops.training.page import write_report
+
+    written = write_report(arguments.runs, arguments.out)
+    print(f"written to {written[0]}; {len(written) - 1} figures in {written[1].parent}")
     return 0
 
 

@@ -46,7 +46,7 @@ PRIVATE_FLOOR = 4
 # Floors on which modules may import one another; between other modules of one floor: sideways.
 SHARED_FLOORS = {4, 5}
 TRAINING = 5
-EXTRA_PACKAGES = {"transformers", "tqdm", "matplotlib"}  # the [train] extra
+EXTRA_PACKAGES = {"transformers", "tqdm", "matplotlib", "jinja2"}  # the [train] extra
 # Libraries whose arrays are taken by type or protocol, without importing them.
 NEVER_IMPORTED = {"jax", "jaxlib", "ml_dtypes", "cupy", "tensorflow"}
 

@@ -203,7 +203,9 @@ def test_lm_eval_tasks_are_measured_after_every_task(
     path = write_rows(tmp_path / "a.jsonl", COLOURS)
     folder = str(save_tiny(tmp_path / "model"))
     settings = quick(lm_eval=("arc",), lm_eval_limit=2)
-    results = run(folder, [(load_task("a", path), path)], settings, tmp_path / "out", save=False)
+    results = run(
+        folder, [(load_task("a", path), path)], settings, tmp_path / "out", save=False, report=False
+    )
     assert results.benchmarks == [wanted, wanted]
     lines = format_results(results).splitlines()
     assert ["arc", "acc", "0.250", "0.250"] in [line.split() for line in lines]

@@ -119,7 +119,7 @@ def test_earlier_tasks_keep_their_coordinates(tmp_path: Path) -> None:
     paths = [write_rows(tmp_path / f"{name}.jsonl", COLOURS) for name in ("a", "b", "c")]
     tasks = [(load_task(path.stem, path), path) for path in paths]
     settings = quick(protect=True, refresh=2, steps=4)
-    run(str(model), tasks, settings, tmp_path / "out", save=False, say=lambda _: None)
+    run(str(model), tasks, settings, tmp_path / "out", save=False, report=False, say=lambda _: None)
     held: list[set[tuple[str, int]]] = []
     for i, name in enumerate("abc", start=1):
         of_task: set[tuple[str, int]] = set()
@@ -140,7 +140,14 @@ def test_a_refreshed_random_selection_is_another_one(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", COLOURS)
     settings = quick(method="random", refresh=1, steps=3)
     tasks = [(load_task("a", path), path)]
-    run(str(save_tiny(tmp_path / "model")), tasks, settings, tmp_path / "out", save=False)
+    run(
+        str(save_tiny(tmp_path / "model")),
+        tasks,
+        settings,
+        tmp_path / "out",
+        save=False,
+        report=False,
+    )
     files = sorted((tmp_path / "out" / "selections").iterdir())
     chosen = [Selection.load(file).indices["model.layers.0.mlp.up_proj.weight"] for file in files]
     assert len(chosen) == 3

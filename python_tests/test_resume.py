@@ -57,6 +57,7 @@ def command(data: Path, out: Path, kind: str) -> list[str]:
     options += ["--window", "16", "--density", "0.02"]
     options += ["--steps", "8", "--batch-size", "4", "--importance-rows", "6", "--lr", "0.01"]
     options += ["--reference-rows", "2", "--reference-tokens", "6", "--checkpoint-every", "2"]
+    options += ["--no-report"]
     return options
 
 
@@ -251,6 +252,20 @@ def kill_at_events(
 def test_a_run_killed_while_it_writes(data: Path, tmp_path: Path) -> None:
     draw = random.Random(2)
     kill_at_events(data, tmp_path, "piece-g", lambda count: (1, draw.randrange(2, count)))
+
+
+def test_a_run_killed_while_it_writes_its_report(data: Path, tmp_path: Path) -> None:
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "out"
+    arguments = [option for option in command(data, out, "lora") if option != "--no-report"]
+    run_to_end(command(data, whole, "lora"), log)
+    assert run_until_event(arguments, log, "training.png")
+    assert (tmp_path / "out.unfinished" / "report.html").exists()
+    check_readable(tmp_path)
+    run_to_end([*arguments, "--resume"], log)
+    assert outcome(out) == outcome(whole)
+    assert (out / "report.html").exists()
+    names = {path.name for path in (out / "report-figures").iterdir()}
+    assert names == {f"{n}.png" for n in ("scores", "stream", "training", "general", "cost")}
 
 
 def test_a_run_killed_while_it_is_put_in_place(data: Path, tmp_path: Path) -> None:

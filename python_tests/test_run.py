@@ -17,6 +17,7 @@ from piece_ops.delta import Delta
 from piece_ops.selection import Selection
 from piece_ops.training import Row, Task, load_model, load_task, run
 from piece_ops.training.extra import require
+from piece_ops.training.memory import peak_memory, peak_rss_bytes
 from piece_ops.training.models import ModelError, load_tokenizer
 from piece_ops.training.output import OutputError, RunFolder, is_run
 from piece_ops.training.report import format_results, format_table
@@ -53,12 +54,19 @@ def test_a_run_measures_trains_and_saves(folder: Path, tmp_path: Path, method: s
     out = tmp_path / "out"
     settings = quick(method=method, keep_statistics=method == "piece-g")
     results = run(
-        str(folder), tasks_in(tmp_path), settings, out, texts=texts_in(tmp_path), say=said.append
+        str(folder),
+        tasks_in(tmp_path),
+        settings,
+        out,
+        texts=texts_in(tmp_path),
+        say=said.append,
+        report=False,
     )
     value = json.loads((out / "results.json").read_text())
     assert value["complete"] and value == {**results.as_dict(), "written": value["written"]}
     again = Results.from_dict(value)
     assert (again.settings, again.tasks, again.texts) == (settings, results.tasks, results.texts)
+    assert again.peak_rss_bytes == results.peak_rss_bytes
     assert again.summary() == results.summary()
     assert [[x is None for x in row] for row in value["accuracy"]] == [
         [False, False],
@@ -104,8 +112,9 @@ def test_a_run_measures_trains_and_saves(folder: Path, tmp_path: Path, method: s
 
 def test_the_same_seed_gives_the_same_run(folder: Path, tmp_path: Path) -> None:
     found = []
+    settings = quick(method="piece-g")
     for name in ("a", "b"):
-        results = run(str(folder), tasks_in(tmp_path), quick(method="piece-g"), tmp_path / name)
+        results = run(str(folder), tasks_in(tmp_path), settings, tmp_path / name, report=False)
         found.append((results.loss, [task.losses for task in results.tasks]))
     assert found[0] == found[1]
 
@@ -115,7 +124,8 @@ def test_a_reference_may_be_rows_or_text(folder: Path, tmp_path: Path, name: str
     write_rows(tmp_path / "rows.jsonl", COLOURS)
     (tmp_path / "words.txt").write_text("some words that must be kept as they are")
     settings = quick(method="piece-g", reference=f"keep={tmp_path / name}")
-    results = run(str(folder), tasks_in(tmp_path)[:1], settings, tmp_path / "out", save=False)
+    tasks, out = tasks_in(tmp_path)[:1], tmp_path / "out"
+    results = run(str(folder), tasks, settings, out, save=False, report=False)
     assert results.complete
     assert not (tmp_path / "out" / "model").exists()
     for reference in ("words", f"keep={tmp_path}/none.txt"):
@@ -147,7 +157,7 @@ def test_a_run_is_replaced_only_by_a_complete_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks, out = tasks_in(tmp_path), tmp_path / "out"
-    run(str(folder), tasks[:1], quick(), out, save=False)
+    run(str(folder), tasks[:1], quick(), out, save=False, report=False)
     first = (out / "results.json").read_text()
     with pytest.raises(OutputError, match="already holds a run; choose another folder, or --over"):
         run(str(folder), tasks, quick(), out)
@@ -165,7 +175,7 @@ def test_a_run_is_replaced_only_by_a_complete_one(
 
     with pytest.raises(OutputError, match="already holds a run"):
         run(str(folder), tasks, quick(), out)
-    run(str(folder), tasks, quick(), out, overwrite=True, save=False)
+    run(str(folder), tasks, quick(), out, overwrite=True, save=False, report=False)
     assert len(json.loads((out / "results.json").read_text())["tasks"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.jsonl", "out", "two.jsonl"]
 
@@ -256,6 +266,22 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets a peak")
+def test_memory_is_told_by_phase() -> None:
+    peaks: dict[str, int] = {}
+    size = 200 * 2**20
+    with peak_memory(peaks, "large"):
+        torch.ones(size, dtype=torch.uint8)
+    with peak_memory(peaks, "small"):
+        pass
+    assert peaks["large"] - peaks["small"] > 0.9 * size
+    assert peak_rss_bytes() >= peaks["large"]
+    first = peaks["large"]
+    with peak_memory(peaks, "large"):
+        pass
+    assert peaks["large"] == first
 
 
 def test_the_summary_and_the_table_follow_the_matrices() -> None:

@@ -27,6 +27,7 @@ def run(
     checkpoint_steps: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     save: bool = True,
+    report: bool = True,
     show: bool = False,
     say: Callable[[str], None] = print,
 ) -> Results:
@@ -58,6 +59,8 @@ def run(
         And when so much time has passed.
     save : bool
         Save the trained model.
+    report : bool
+        Write ``report.html`` and its figures after every task. A report that fails ends no run.
     show : bool
         Show progress bars (on a terminal).
     say : callable
@@ -108,6 +111,6 @@ def run(
             work.resume(folder.work)
         elif resume:
             say(f"there is no run in {folder.out} to go on with; starting one")
-        work.go(folder.work, save, checkpoint_steps, checkpoint_seconds)
+        work.go(folder.work, save, checkpoint_steps, checkpoint_seconds, report)
         folder.finish()
     return work.state.results

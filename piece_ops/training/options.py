@@ -148,6 +148,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help="and after so much time (default: %(default)g)",
     )
     parser.add_argument("--no-save-model", action="store_true", help="keep the results only")
+    parser.add_argument(
+        "--no-report", action="store_true", help="write no report.html (piece-ops report does)"
+    )
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

@@ -12,6 +12,7 @@ the process ends in whatever way.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import TextIO
 
 from piece_ops._files import is_temporary, sync_folder, sync_tree
 
+UNFINISHED = ".unfinished"
 RESULTS, STATE, LOCK = "results.json", "state.json", "lock"
 FORMAT, STATE_FORMAT = "piece_ops.run", "piece_ops.run_state"
 
@@ -58,6 +60,11 @@ class TaskFiles:
     folder: Path
     label: str
 
+    @classmethod
+    def of(cls, folder: Path, i: int, name: str) -> TaskFiles:
+        """Return the files of task `i`, counted from 0."""
+        return cls(folder, f"{i + 1}-{name}")
+
     def _path(self, kind: str, name: str) -> Path:
         (self.folder / kind).mkdir(exist_ok=True)
         return self.folder / kind / f"{name}.safetensors"
@@ -66,6 +73,11 @@ class TaskFiles:
         """Return where a selection is: segment 0 is the task's first, others are refreshed ones."""
         name = f"{self.label}.refresh-{segment}" if segment else self.label
         return self._path("selections", name)
+
+    def selections(self) -> list[Path]:
+        """Return the selections that are there, in order."""
+        paths = (self.selection(segment) for segment in itertools.count())
+        return list(itertools.takewhile(Path.exists, paths))
 
     def part(self, segment: int) -> Path:
         """Return where the delta of one segment of a task under way is."""
@@ -126,7 +138,7 @@ class RunFolder:
         self.out = Path(os.path.abspath(out.expanduser()))
         if not self.out.name:
             raise OutputError(f"output folder: wanted a folder of its own, got {out}")
-        self.work = self.out.with_name(self.out.name + ".unfinished")
+        self.work = self.out.with_name(self.out.name + UNFINISHED)
         self._old = self.out.with_name(self.out.name + ".replaced")
         self._resume = resume
         self._lock: TextIO | None = None

@@ -6,10 +6,10 @@ Row 0 of every matrix is the base model, row i the model after task i. Numbers t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +21,7 @@ import piece_ops
 from piece_ops import _native
 from piece_ops._files import write_json
 from piece_ops.training.extra import require
+from piece_ops.training.memory import peak_rss_bytes
 from piece_ops.training.output import FORMAT, RESULTS
 from piece_ops.training.settings import Settings
 from piece_ops.training.transfer import (
@@ -35,6 +36,11 @@ from piece_ops.training.transfer import (
 )
 
 VERSION = 1
+
+
+class ResultsError(ValueError):
+    """There are no results to be read; the text says what was found instead."""
+
 
 ROWS = ("accuracy", "loss", "general", "benchmarks")
 """The matrices of `Results`; each gets one row for the base model and one after every task."""
@@ -57,6 +63,8 @@ class TaskRecord:
         Training loss of every step.
     seconds : dict
         Wall time of the phases: ``select``, ``train``, ``evaluate``, ``general``, ``statistics``.
+    memory : dict
+        Most resident bytes in each of them; empty where the system does not tell.
     """
 
     name: str
@@ -70,6 +78,7 @@ class TaskRecord:
     threshold: float | None = None
     losses: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,10 +112,10 @@ class Results:
         perplexity.
     benchmarks : list of dict
         After each task (first: the base model) the scores of the lm_eval tasks, by task and metric.
-    base_seconds : dict
-        Wall time of loading and of measuring the base model.
+    base_seconds, base_memory : dict
+        Wall time and most resident bytes of loading and of measuring the base model, and of saving.
     peak_rss_bytes : int
-        Most resident memory of the process so far.
+        Most resident memory so far of any process that worked on the run.
     complete : bool
         Whether the run has reached its end.
     started : str
@@ -123,6 +132,7 @@ class Results:
     general: Matrix = field(default_factory=list)
     benchmarks: list[dict[str, float]] = field(default_factory=list)
     base_seconds: dict[str, float] = field(default_factory=dict)
+    base_memory: dict[str, int] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     complete: bool = False
     started: str = field(default_factory=lambda: utc_now())
@@ -180,6 +190,7 @@ class Results:
             "transfer": finite(curves(self.accuracy)),
             "summary": finite(self.summary()),
             "base_seconds": self.base_seconds,
+            "base_memory": self.base_memory,
             "peak_rss_bytes": self.peak_rss_bytes,
             "versions": versions(),
             "machine": machine(),
@@ -199,13 +210,15 @@ class Results:
             general=value["general_loss"],
             benchmarks=value.get("benchmarks", []),
             base_seconds=value["base_seconds"],
+            base_memory=value.get("base_memory", {}),
+            peak_rss_bytes=value.get("peak_rss_bytes", 0),
             complete=value["complete"],
             started=value["started"],
         )
 
     def write(self, folder: Path) -> None:
         """Write ``results.json`` into `folder`, atomically."""
-        self.peak_rss_bytes = peak_rss_bytes()
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes())
         write_json(folder / RESULTS, self.as_dict())
 
 
@@ -246,11 +259,44 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """Return the most resident memory this process ever had, 0 where the system does not tell."""
+def read_results(folder: Path) -> tuple[Results, dict[str, Any]]:
+    """Read ``results.json`` of a run, complete or not.
+
+    Returns
+    -------
+    (Results, dict)
+        The dict is the whole file, which also says with what versions and on what machine the run
+        was made.
+
+    Raises
+    ------
+    ResultsError
+        If there is no such file, or it is damaged or of another release.
+    """
+    path = folder / RESULTS
     try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ResultsError(f"{path}: wanted the results of a run, got another file")
+        if value.get("version") != VERSION:
+            raise ResultsError(
+                f"{path}: must have format version {VERSION}, got {value.get('version')}; it was "
+                "written by another release of piece_ops"
+            )
+        return Results.from_dict(value), value
+    except OSError as error:
+        raise ResultsError(
+            f"{folder}: wanted the folder of a run, got no {RESULTS} in it ({error.strerror})"
+        ) from error
+    except KeyError as error:
+        raise ResultsError(
+            f"{path}: it has no entry {error}; it was written by another release of piece_ops, or "
+            "is damaged"
+        ) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ResultsError):
+            raise
+        raise ResultsError(
+            f"{path}: cannot be read: {error}; it was written by another release of piece_ops, or "
+            "is damaged"
+        ) from error

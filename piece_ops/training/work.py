@@ -27,8 +27,10 @@ from piece_ops.training.choose import Chooser
 from piece_ops.training.data import Data
 from piece_ops.training.learner import make_learner
 from piece_ops.training.measure import evaluate, text_loss
+from piece_ops.training.memory import peak_memory
 from piece_ops.training.models import load_model, save_model
 from piece_ops.training.output import TaskFiles
+from piece_ops.training.page import keep_report
 from piece_ops.training.results import ROWS, Results
 from piece_ops.training.settings import Settings
 from piece_ops.training.state import RunState, differences, made_with
@@ -37,11 +39,12 @@ from piece_ops.training.train import train_task
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the wall time of the block to ``seconds[phase]``."""
+def metered(seconds: dict[str, float], memory: dict[str, int], phase: str) -> Iterator[None]:
+    """Add the wall time of the block to ``seconds[phase]``, keep its most memory likewise."""
     start = time.perf_counter()
     try:
-        yield
+        with peak_memory(memory, phase):
+            yield
     finally:
         seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
 
@@ -80,7 +83,8 @@ class Work:
         if settings.lm_eval:
             check_lm_eval()
         seconds: dict[str, float] = {}
-        with timed(seconds, "load"):
+        memory: dict[str, int] = {}
+        with metered(seconds, memory, "load"):
             self.model = load_model(source, dtype=settings.dtype)
         results = Results(
             model=source,
@@ -89,6 +93,7 @@ class Work:
             tasks=data.task_records,
             texts=data.text_records,
             base_seconds=seconds,
+            base_memory=memory,
         )
         base = fingerprint(dict(self.model.named_parameters()), {}, {})
         identity = data.identity(settings, self.chooser.reference, base)
@@ -142,13 +147,15 @@ class Work:
         save: bool,
         checkpoint_steps: int | None,
         checkpoint_seconds: float,
+        report: bool,
     ) -> None:
         """Do all phases that are not done yet; the run is then complete."""
         state = self.state
         if not state.results.complete:
-            self._phases(folder, checkpoint_steps, checkpoint_seconds)
+            self._phases(folder, checkpoint_steps, checkpoint_seconds, report)
             if save:
-                with timed(state.results.base_seconds, "save"):
+                results = state.results
+                with metered(results.base_seconds, results.base_memory, "save"):
                     write_folder(
                         folder / "model", lambda made: save_model(self.model, self.tokenizer, made)
                     )
@@ -156,11 +163,17 @@ class Work:
             state.write(folder)
         # Also of a run that was killed just here.
         state.results.write(folder)
+        if report:
+            keep_report(folder, self.say)
         if self.settings.method == "full":
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _phases(
-        self, folder: Path, checkpoint_steps: int | None, checkpoint_seconds: float
+        self,
+        folder: Path,
+        checkpoint_steps: int | None,
+        checkpoint_seconds: float,
+        report: bool,
     ) -> None:
         state = self.state
         state.write(folder)
@@ -182,9 +195,11 @@ class Work:
                 state.results.write(folder)
                 if i >= 0:
                     self.say(self._line(i))
+                if report and 0 <= i < len(self.tasks) - 1:
+                    keep_report(folder, self.say)
 
     def _files(self, folder: Path, i: int) -> TaskFiles:
-        return TaskFiles(folder, f"{i + 1}-{self.tasks[i].name}")
+        return TaskFiles.of(folder, i, self.tasks[i].name)
 
     def _where(self) -> str:
         """Say what the next phase is."""
@@ -213,7 +228,7 @@ class Work:
         if not self.settings.is_sparse:
             return
         record = self.state.results.tasks[i]
-        with timed(record.seconds, "select"):
+        with metered(record.seconds, record.memory, "select"):
             selection = self.chooser.select(
                 self.model,
                 self.train_rows[i],
@@ -231,11 +246,9 @@ class Work:
             return None
         found: dict[str, list[Tensor]] = {}
         for files in (self._files(folder, earlier) for earlier in range(i)):
-            segment = 0
-            while files.selection(segment).exists():
-                for name, positions in Selection.load(files.selection(segment)).indices.items():
+            for path in files.selections():
+                for name, positions in Selection.load(path).indices.items():
                     found.setdefault(name, []).append(positions)
-                segment += 1
         return {name: torch.unique(torch.cat(parts)) for name, parts in found.items()}
 
     def _train(self, i: int, keeper: Keeper) -> None:
@@ -249,7 +262,7 @@ class Work:
                 self.model, rows, task.name, i, self.show, segment=segment, exclude=exclude
             )
 
-        with timed(record.seconds, "train"):
+        with metered(record.seconds, record.memory, "train"):
             trained = train_task(
                 self.model,
                 self.encoder,
@@ -276,7 +289,8 @@ class Work:
         """Store what task `i` needs, for the selections that follow."""
         if not self._keeps_statistics(i):
             return
-        with timed(self.state.results.tasks[i].seconds, "statistics"):
+        record = self.state.results.tasks[i]
+        with metered(record.seconds, record.memory, "statistics"):
             self.chooser.keep_statistics(
                 self.model, self.train_rows[i], self.tasks[i].name, folder / "statistics"
             )
@@ -285,10 +299,12 @@ class Work:
         """Append one row to the matrices: all tasks so far, the next one, and all texts."""
         state, size = self.state, self.settings.eval_batch_size
         results, row, place = state.results, state.row, state.place
-        seconds = results.tasks[place - 1].seconds if place else results.base_seconds
+        meters = results.base_seconds, results.base_memory
+        if place:
+            meters = results.tasks[place - 1].seconds, results.tasks[place - 1].memory
         count = min(place + 1, len(self.tasks)) if place else len(self.tasks)
         for task in self.tasks[len(row["accuracy"]) : count]:
-            with timed(seconds, "evaluate"):
+            with metered(*meters, "evaluate"):
                 score = evaluate(
                     self.model,
                     self.encoder,
@@ -302,12 +318,12 @@ class Work:
             row["loss"].append(score.loss)
             state.write(folder)
         for text in self.texts[len(row["general"]) :]:
-            with timed(seconds, "general"):
+            with metered(*meters, "general"):
                 loss = text_loss(self.model, self.encoder, text, size, self.show)
             row["general"].append(loss)
             state.write(folder)
         if not row["benchmarks"]:
-            with timed(seconds, "benchmarks"):
+            with metered(*meters, "benchmarks"):
                 row["benchmarks"].append(self._benchmarks())
         unmeasured: list[Any] = [None] * (len(self.tasks) - count)
         results.accuracy.append(row["accuracy"] + unmeasured)

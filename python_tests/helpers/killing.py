@@ -26,11 +26,14 @@ from piece_ops._files import is_temporary
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["piece_ops.cli", "piece_ops.training", "peft", "transformers.models.llama.modeling_llama"]
+    [
+        *("piece_ops.cli", "piece_ops.training", "peft", "jinja2", "matplotlib.figure"),
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 
-def _child(arguments: Sequence[str], log: str, event: int) -> None:
+def _child(arguments: Sequence[str], log: str, event: int | str) -> None:
     torch.set_num_threads(1)
     tqdm.tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a kill would leave
     seen = _die_at(event)
@@ -42,14 +45,18 @@ def _child(arguments: Sequence[str], log: str, event: int) -> None:
     os._exit(status)
 
 
-def _die_at(event: int) -> list[int]:
-    """Let the process kill itself just before the `event`-th flush or renaming; count them."""
+def _die_at(event: int | str) -> list[int]:
+    """Let the process kill itself just before the `event`-th flush or renaming; count them.
+
+    An event that is a text is the first renaming to a path that ends with it.
+    """
     seen = [0]
 
     def watched(function: Any) -> Any:
         def call(*arguments: Any, **more: Any) -> Any:
             seen[0] += 1
-            if seen[0] == event:
+            at = seen[0] if isinstance(event, int) else str(arguments[-1])[-len(event) :]
+            if at == event:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **more)
 
@@ -60,7 +67,7 @@ def _die_at(event: int) -> list[int]:
     return seen
 
 
-def start(arguments: Sequence[str], log: Path, event: int = 0) -> BaseProcess:
+def start(arguments: Sequence[str], log: Path, event: int | str = 0) -> BaseProcess:
     """Start ``piece-ops <arguments>`` in a process of its own; its output goes to `log`."""
     process = CONTEXT.Process(target=_child, args=(list(arguments), str(log), event))
     process.start()
@@ -93,8 +100,8 @@ def run_and_kill(arguments: Sequence[str], log: Path, seconds: float) -> bool:
     return False
 
 
-def run_until_event(arguments: Sequence[str], log: Path, event: int) -> bool:
-    """Let it die just before its `event`-th flush or renaming; return whether it came to that."""
+def run_until_event(arguments: Sequence[str], log: Path, event: int | str) -> bool:
+    """Let it die just before an event (see `_die_at`); return whether it came to that."""
     process = start(arguments, log, event)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
@@ -114,6 +121,9 @@ def check_readable(folder: Path) -> None:
             continue
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".html", ".png"):
+            end = b"</html>" if path.suffix == ".html" else b"IEND\xaeB`\x82"
+            assert path.read_bytes().endswith(end)
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -125,6 +135,8 @@ def outcome(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if name.startswith("report"):  # shows times
+            continue
         if path.suffix == ".json" and path.parent == folder:
             found[name] = _untimed(json.loads(path.read_text(encoding="utf-8")))
         elif path.suffix == ".safetensors":
@@ -151,6 +163,7 @@ def _bits(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:
 
 def _untimed(value: object) -> object:
     times = {"seconds", "base_seconds", "started", "written", "peak_rss_bytes"}
+    times |= {"memory", "base_memory"}
     if isinstance(value, dict):
         return {key: _untimed(item) for key, item in value.items() if key not in times}
     if isinstance(value, list):
