@@ -1,4 +1,4 @@
-"""The ``piece-ops`` command: train, report, eval, select, delta and bench (in modules of their own), info.
+"""The ``piece-ops`` command: train, report, eval, select, delta, bench (cli_*.py), info.
 
 Errors are one line on standard error and exit status 2; ``--debug`` shows where they come from.
 """
