@@ -121,6 +121,7 @@ def test_a_page_says_what_the_results_say(tmp_path: Path) -> None:
     results = made_results(["one", "two", "three"])
     page = report(tmp_path, results)
     assert page.titles[0] == "Run run" and len(page.images) == len(FIGURES)
+    assert "one fell most since it was learned: -" in page.images[0]["alt"]
     found = page.tables["R: score in % (row: after, column: on)"]
     assert found[0] == ["after", "1 one", "2 two", "3 three"]
     assert [row[0] for row in found[1:]] == ["base", "1 one", "2 two", "3 three"]
