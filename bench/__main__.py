@@ -25,6 +25,7 @@ OPS = {
     "sampled_weight_grad": "bench_sampled_weight_grad",
     "importance": "bench_importance",
     "training_step": "bench_training_step",
+    "pipeline": "bench_pipeline",
     "delta": "bench_delta",
     "call_overhead": "bench_call_overhead",
 }
@@ -83,6 +84,8 @@ def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
                 best_peer_over_this=round(best.p50_ms / row.p50_ms, 3) if best else None,
             )
         line["extra_bytes"] = row.extra_bytes
+        if row.figures:
+            line["figures"] = {key: round(value, 6) for key, value in row.figures.items()}
         yield line
     by_name = {row.peer: row for row in rows}
     for target in case.targets:
@@ -122,6 +125,8 @@ def show(lines: list[dict[str, Any]]) -> None:
             )
         elif line["kind"] == "row":
             print(f"  {line['peer']:<38}{line['status']}")
+        if "figures" in line:
+            print("    " + ", ".join(f"{key} {x:,.6g}" for key, x in line["figures"].items()))
     for line in lines:
         if line["kind"] == "target":
             sign = "<=" if line["at_most"] else ">="

@@ -67,6 +67,8 @@ class Target:
 class Case:
     """Inputs built, ready to run. ``n_bytes``: what the op must read and write at least.
 
+    ``measured``: rows of a case whose peers cannot be in memory together, made with it.
+
     The module of an op has ``cases(quick)``: names, each with a function that builds the case, so
     that one case's inputs are gone before the next one's are made.
     """
@@ -77,11 +79,12 @@ class Case:
     n_bytes: int
     peers: list[Peer]
     targets: list[Target] = field(default_factory=list)
+    measured: list[Row] = field(default_factory=list)
 
 
 @dataclass
 class Row:
-    """The result of one peer in one case; times in milliseconds."""
+    """The result of one peer in one case; times in milliseconds; ``figures``: other numbers."""
 
     peer: str
     role: Role
@@ -90,6 +93,7 @@ class Row:
     times_ms: list[float] = field(default_factory=list)
     extra_bytes: int | None = None
     note: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def p50_ms(self) -> float:
@@ -200,7 +204,7 @@ def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: 
                     row.times_ms.append(_timed_call(peer) * 1e3)
     finally:
         gc.enable()
-    return rows
+    return [*case.measured, *rows]
 
 
 # ---- what is computed from rows ---------------------------------------------------------------

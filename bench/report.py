@@ -89,7 +89,48 @@ def milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def figures_table(lines: list[Line]) -> str:
+    """Rows that went through several phases: a column for each phase and each kind of bytes."""
+    phases = {"importance_ms": "importance", "select_ms": "selection", "set_up_ms": "set-up"}
+    kinds = {
+        "state_bytes": "optimizer + gradients + masks",
+        "file_bytes": "checkpoint",
+        "ddp_bytes": "DDP, a step",
+    }
+    columns = [*phases.values(), "a step, median", "p20 to p80", "steps", "saving", *kinds.values()]
+    head = f"| | {' | '.join(columns)} | peak of the steps |"
+    rows = [head, "|---" * (len(columns) + 2) + "|"]
+    for line in lines:
+        if line["kind"] != "row":
+            continue
+        name = f"**{line['peer']}**" if line["role"] == "ours" else line["peer"]
+        name += f" ({line['note']})" if line["note"] else ""
+        if line["status"] != "ok":
+            rows.append(f"| {name} | {line['status']}{' |' * (len(columns) + 1)}")
+            continue
+        figures, timed = line["figures"], "p50_ms" in line
+        cells = [milliseconds(figures[key]) if key in figures else "" for key in phases]
+        cells.append(milliseconds(line["p50_ms"]) if timed else "")
+        cells.append(
+            f"{milliseconds(line['p20_ms'])} to {milliseconds(line['p80_ms'])}" if timed else ""
+        )
+        cells.append(f"{figures['steps']:.0f}" if timed else "")
+        cells.append(milliseconds(figures["checkpoint_ms"]) if timed else "")
+        cells += [size(figures[key]) if key in figures else "" for key in kinds]
+        cells.append("" if line["extra_bytes"] is None else size(line["extra_bytes"]))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            "Times in ms. Peak: how far resident memory rose over the steps, activations included.",
+            "",
+            *rows,
+        ]
+    )
+
+
 def case_table(lines: list[Line]) -> str:
+    if any("figures" in line for line in lines):
+        return figures_table(lines)
     head = [
         "| | ms, median | p20 to p80 | GB/s | % of bandwidth | best peer / this "
         "| extra memory | calls |",

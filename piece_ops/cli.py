@@ -1,4 +1,4 @@
-"""The ``piece-ops`` command: train, report, eval, select, delta (in cli_delta.py), info.
+"""The ``piece-ops`` command: train, report, eval, select, info; cli_delta.py: delta; cli_bench.py: bench.
 
 Errors are one line on standard error and exit status 2; ``--debug`` shows where they come from.
 """
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from piece_ops import METHODS, __version__, _native, cli_delta
+from piece_ops import METHODS, __version__, _native, cli_bench, cli_delta
 from piece_ops.training.options import (
     add_evaluation,
     add_model,
@@ -79,11 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(function=_report)
 
     deltas = cli_delta.add_commands(commands)
+    bench = cli_bench.add_command(commands)
 
     info = commands.add_parser("info", help="say what this build holds")
     info.set_defaults(function=_info)
 
-    for command in (train, report, evaluation, select, *deltas, info):
+    for command in (train, report, evaluation, select, *deltas, bench, info):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -63,6 +63,17 @@ class Outer(nn.Module):
         return self.part(x) * self.scale
 
 
+class Table(nn.Module):
+    """One row for all samples, as position embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values * 2.0
+
+
 class TwoResults(nn.Module):
     """The second result is computed from the first."""
 
@@ -112,6 +123,9 @@ COVERED: dict[str, Callable[[], Net]] = {
         lambda m, x: m.bn(m.a(x).transpose(1, 2)), a=linear(), bn=nn.BatchNorm1d(WIDTH).eval()
     ),
     "a parameter around a part": lambda: Net(lambda m, x: m.o(m.a(x)), a=linear(), o=Outer()),
+    "a table for all samples": lambda: Net(
+        lambda m, x: m.a(x + m.table(x)), a=linear(), table=Table()
+    ),
     "several results": lambda: Net(
         lambda m, x: sum(m.two(m.a(x))[:2]), a=linear(), two=TwoResults()
     ),
@@ -149,6 +163,11 @@ LOOPED: dict[str, tuple[Callable[[], Net], str, str]] = {
             b=nn.utils.parametrizations.weight_norm(linear()),
         ),
         "b.parametrizations.weight.original0",
+        "all samples together",
+    ),
+    "a table that must keep its one row": (
+        lambda: Net(lambda m, x: m.a(x + m.table(x).reshape(5, WIDTH)), a=linear(), table=Table()),
+        "table.values",
         "all samples together",
     ),
     "lstm": (

@@ -35,7 +35,9 @@ PYTHON_FLOORS = {
     "optim": 4,
     "delta": 4,
     "training": 5,
+    "predict": 5,
     "cli_delta": 5,
+    "cli_bench": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -141,7 +141,8 @@ class BatchedPass:
     # ------------------------------------------------------------------------- what modules do
 
     def _on_call(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        output = share(output, self._samples.grid)
+        if self._plan.shares:
+            output = share(output, self._samples.grid)
         leaves, spec = pytree.tree_flatten(arguments)
         kind, layout = self._kinds[module], self._plan.layouts.get(module)
         if self._taps.in_forward:

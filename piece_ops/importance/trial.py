@@ -48,6 +48,7 @@ class Plan:
     readers: dict[int, set[nn.Module | None]] = field(default_factory=dict)  # see `Taps.readers`
     conventions: tuple[str, ...] = ()
     coupled: str = ""  # why nothing may be batched
+    shares: bool = True  # whether results are given a row for every sample (see `share`)
 
 
 def choose_pair(samples: Samples) -> tuple[int, int] | None:
@@ -88,16 +89,20 @@ def learn(
     ]
     names = [f"sample {first + n} (row {n} of its batch)" for n in pair]
     barred: set[nn.Module] = set()
+    shares = True
     while True:
-        runs = [_Run(model, owned, grid, chosen, barred) for _, grid, chosen in batches]
+        runs = [_Run(model, owned, grid, chosen, barred, shares) for _, grid, chosen in batches]
         try:
             for run, (batch, _, _), what in zip(
                 runs, batches, [" and ".join(names), *names], strict=True
             ):
                 run.go(batch, loss_fn, what, where)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            return Plan(coupled=f"two of its samples do not run: {error}")
-        plan = Plan(readers=runs[0].readers)
+            if not shares:
+                return Plan(coupled=f"two of its samples do not run: {error}")
+            shares = False  # the model may insist on a first dimension of one
+            continue
+        plan = Plan(readers=runs[0].readers, shares=shares)
         for module in owned:
             calls = [run.calls.get(module, []) for run in runs]
             result = _layout(calls[0], calls[1:], runs[0].tolerance)
@@ -218,8 +223,10 @@ class _Run:
         grid: Grid,
         chosen: tuple[int, ...],
         barred: set[nn.Module],
+        shares: bool,
     ) -> None:
         self._model, self._grid, self._chosen, self._barred = model, grid, chosen, barred
+        self._shares = shares
         self.probe: nn.Module | None = None  # the first module called that is not barred
         parameters = {
             module: tuple(module._parameters[attribute] for attribute in names)
@@ -248,7 +255,8 @@ class _Run:
     def _on_call(self, module: nn.Module, arguments: Any, output: Any) -> Any:
         if self.probe is None and module not in self._barred:
             self.probe = module
-        output = share(output, self._grid)
+        if self._shares:
+            output = share(output, self._grid)
         results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         floating = [n for n, leaf in enumerate(results) if leaf.is_floating_point()]
         if self._taps.in_forward:
