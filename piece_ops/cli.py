@@ -121,7 +121,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from piece_ops.training.page import write_report
 
     written = write_report(arguments.runs, arguments.out)
-    print(f"written to {written[0]}; {len(written) - 1} figures in {written[1].parent}")
+    print(f"written to {written[0]}, with {len(written) - 1} figures beside it")
     return 0
 
 

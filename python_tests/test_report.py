@@ -121,6 +121,7 @@ def test_a_page_says_what_the_results_say(tmp_path: Path) -> None:
     results = made_results(["one", "two", "three"])
     page = report(tmp_path, results)
     assert page.titles[0] == "Run run" and len(page.images) == len(FIGURES)
+    assert "one fell most since it was learned: -" in page.images[0]["alt"]
     found = page.tables["R: score in % (row: after, column: on)"]
     assert found[0] == ["after", "1 one", "2 two", "3 three"]
     assert [row[0] for row in found[1:]] == ["base", "1 one", "2 two", "3 three"]
@@ -225,6 +226,8 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert "In numbers" in page.titles and "Training" not in page.titles
     results = Results("m", quick(), 10, [], [])
     assert report(tmp_path / "none", results).titles[-1] == "Settings and environment"
+    out = str(tmp_path / "empty.html")
+    assert cli.main(["report", str(tmp_path / "none" / "run"), "--out", out]) == 0
 
 
 def test_an_unfinished_run_is_found_by_its_name(tmp_path: Path) -> None:
@@ -422,7 +425,7 @@ def test_a_run_writes_its_report_after_every_task(
     assert len(list((tmp_path / "out" / "report-figures").glob("*.png"))) == len(page.images)
     out = tmp_path / "again.html"
     assert cli.main(["report", str(tmp_path / "out"), "--out", str(out)]) == 0
-    assert "6 figures in" in capsys.readouterr().out
+    assert "with 6 figures beside it" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "out" / REPORT).read_bytes()
 
     def fails(*_: object, **__: object) -> None:

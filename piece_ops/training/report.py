@@ -16,7 +16,7 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None) -> str:
     """Write a difference of shares in percentage points with its sign, or ``-``."""
-    return "-" if value is None else f"{100 * value:+.1f}"
+    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def nats(value: float | None, sign: bool = False) -> str:

@@ -115,7 +115,7 @@ def _most_forgotten(results: Results) -> str:
         (difference(results.accuracy[i + 1][i], last[i]), results.tasks[i].name)
         for i in range(len(results.accuracy) - 2)
     ]
-    known = [(fall, name) for fall, name in falls if fall is not None]
+    known = [(fall, name) for fall, name in falls if fall is not None and fall > 0]
     if not known:
         return ""
     fall, name = max(known)
