@@ -128,8 +128,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops eval``."""
     from piece_ops._files import write_json
-    from piece_ops.training.data import check_names, load_texts
-    from piece_ops.training.encoding import Encoder
+    from piece_ops.training.data import check_names, load_texts, make_encoder
     from piece_ops.training.measure import evaluate, text_loss
     from piece_ops.training.models import load_model, load_tokenizer
     from piece_ops.training.report import format_table, nats, percent, perplexity_text
@@ -137,7 +136,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     tasks = [task for task, _ in tasks_of(arguments)]
     check_names([task.name for task in tasks], "task")
-    encoder = Encoder(load_tokenizer(arguments.model), settings.prompt_format, settings.max_tokens)
+    encoder = make_encoder(load_tokenizer(arguments.model), settings)
     texts = load_texts(encoder, texts_of(arguments), settings)
     model = load_model(arguments.model, dtype=settings.dtype)
     rows, found = [], {}
@@ -175,7 +174,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _select(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops select``."""
     from piece_ops.training.choose import Chooser
-    from piece_ops.training.encoding import Encoder
+    from piece_ops.training.data import make_encoder
     from piece_ops.training.models import load_model, load_tokenizer
     from piece_ops.training.tasks import TaskError
 
@@ -185,7 +184,7 @@ def _select(arguments: argparse.Namespace) -> int:
         raise TaskError(f"piece-ops select: wanted one --task, got {len(tasks)}")
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise TaskError(f"--out: there is no folder {arguments.out.absolute().parent}")
-    encoder = Encoder(load_tokenizer(arguments.model), settings.prompt_format, settings.max_tokens)
+    encoder = make_encoder(load_tokenizer(arguments.model), settings)
     chooser = Chooser(encoder, settings)
     rows = encoder.encode_all(tasks[0].train)
     model = load_model(arguments.model, dtype=settings.dtype)

@@ -73,6 +73,9 @@ def test_a_folder_brings_its_own_splits(tmp_path: Path) -> None:
     assert len(load_task("t", tmp_path).train) == 10
     assert load_task("t", tmp_path).held_out == tuple(Row(*pair) for pair in COLOURS[13:])
     assert len(load_task("t", tmp_path, prefer="eval").held_out) == 3
+    few = load_task("t", tmp_path, train_rows=4, held_out_rows=2)
+    assert few.train == tuple(Row(*pair) for pair in COLOURS[:4])
+    assert few.held_out == tuple(Row(*pair) for pair in COLOURS[13:15])
     with pytest.raises(TaskError, match="there is no file or folder"):
         load_task("t", tmp_path / "no")
     with pytest.raises(TaskError, match="prefer must be"):
@@ -136,7 +139,17 @@ def test_long_prompts_lose_their_start() -> None:
         encoder.encode(Row("a", "12345678"))
 
 
+def test_long_answers_lose_their_end_if_asked() -> None:
+    encoder = Encoder(tiny_tokenizer(), "plain", 8, max_answer_tokens=3)
+    row = encoder.encode(Row("a", "12345678"))
+    assert encoder.tokenizer.decode(row.answer) == " 12" and encoder.cut_answers == 1
+    assert encoder.encode(Row("a ", "12")).answer[-1] == encoder.end_id  # fits with its end token
+    assert encoder.cut_answers == 1
+
+
 def test_bad_encoder_settings() -> None:
+    with pytest.raises(ValueError, match="max_answer_tokens must be at least 1, got 0"):
+        Encoder(tiny_tokenizer(), max_answer_tokens=0)
     with pytest.raises(ValueError, match="form must be one of auto, chat, plain, got 'x'"):
         Encoder(tiny_tokenizer(), "x")
     with pytest.raises(ValueError, match="needs a chat template"):

@@ -106,6 +106,11 @@ def run(
                 f"task {record.name}: {record.truncated_rows} rows are longer than "
                 f"{settings.max_tokens} tokens; the start of their prompts is cut off"
             )
+        if record.cut_answers:
+            say(
+                f"task {record.name}: {record.cut_answers} answers are longer than "
+                f"{settings.max_answer_tokens} tokens; their end is cut off"
+            )
     with folder:
         if resume and (folder.work / STATE).exists():
             work.resume(folder.work)

@@ -48,13 +48,13 @@ class Data:
         texts: Sequence[tuple[str, Path]],
     ) -> None:
         self.tokenizer = load_tokenizer(source)
-        self.encoder = Encoder(self.tokenizer, settings.prompt_format, settings.max_tokens)
+        self.encoder = make_encoder(self.tokenizer, settings)
         self.tasks = [task for task, _ in tasks]
         self.train_rows: list[list[EncodedRow]] = []
         self._held_out: list[list[EncodedRow]] = []
         self.task_records = []
         for task, path in tasks:
-            cut = self.encoder.truncated
+            truncated, cut = self.encoder.truncated, self.encoder.cut_answers
             self.train_rows.append(self.encoder.encode_all(task.train))
             self._held_out.append(self.encoder.encode_all(task.held_out))
             self.task_records.append(
@@ -64,7 +64,8 @@ class Data:
                     held_out_split=task.held_out_split,
                     train_rows=len(task.train),
                     held_out_rows=len(task.held_out),
-                    truncated_rows=self.encoder.truncated - cut,
+                    truncated_rows=self.encoder.truncated - truncated,
+                    cut_answers=self.encoder.cut_answers - cut,
                     metric=task.metric,
                 )
             )
@@ -100,6 +101,13 @@ class Data:
             ),
             "base model": base,
         }
+
+
+def make_encoder(tokenizer: Any, settings: Settings) -> Encoder:
+    """Make the encoder that the settings ask for."""
+    return Encoder(
+        tokenizer, settings.prompt_format, settings.max_tokens, settings.max_answer_tokens
+    )
 
 
 def _rows(task: Task) -> Iterator[Any]:

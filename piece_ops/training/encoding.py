@@ -10,7 +10,8 @@ What the model sees of a row is ``<prompt tokens> <answer tokens> <end token>``:
 
 The loss counts the answer tokens and the end token; prompt and padding have the label -100. A row
 longer than `max_tokens` loses the first tokens of its prompt (the answer and the words just before
-it matter most); an answer that does not fit by itself is an error.
+it matter most); an answer that does not fit by itself is an error, unless `max_answer_tokens` lets
+it be cut: it then ends where it is cut, without an end token.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Encoder:
         ``"auto"`` takes the chat template if the tokenizer has one, else plain text.
     max_tokens : int
         Longest row in tokens, prompt, answer and end token together; at least 8.
+    max_answer_tokens : int, optional
+        Longest answer with its end token, at least 1; None: as long as it is.
 
     Attributes
     ----------
@@ -64,11 +67,13 @@ class Encoder:
         matter.
     truncated : int
         How many rows lost tokens of their prompt so far.
+    cut_answers : int
+        How many rows lost tokens of their answer so far.
 
     Raises
     ------
     ValueError
-        For an unknown form, a chat form without a template, or a `max_tokens` below 8.
+        For an unknown form, a chat form without a template, or a limit below its least value.
 
     Examples
     --------
@@ -76,13 +81,23 @@ class Encoder:
     >>> encoder.encode(Row("1+1=", "2"))  # doctest: +SKIP
     """
 
-    def __init__(self, tokenizer: Any, form: str = "auto", max_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        form: str = "auto",
+        max_tokens: int = 512,
+        max_answer_tokens: int | None = None,
+    ) -> None:
         if form not in FORMATS:
             raise ValueError(
                 f"piece_ops.Encoder: form must be one of {', '.join(FORMATS)}, got {form!r}"
             )
         if max_tokens < 8:
             raise ValueError(f"piece_ops.Encoder: max_tokens must be at least 8, got {max_tokens}")
+        if max_answer_tokens is not None and max_answer_tokens < 1:
+            raise ValueError(
+                f"piece_ops.Encoder: max_answer_tokens must be at least 1, got {max_answer_tokens}"
+            )
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if form == "chat" and not has_template:
             raise ValueError(
@@ -91,10 +106,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.form = ("chat" if has_template else "plain") if form == "auto" else form
         self.max_tokens = max_tokens
+        self.max_answer_tokens = max_answer_tokens
         self.end_id: int = self._turn_end() if self.form == "chat" else int(tokenizer.eos_token_id)
         pad_id = tokenizer.pad_token_id
         self.pad_id: int = int(tokenizer.eos_token_id if pad_id is None else pad_id)
         self.truncated = 0
+        self.cut_answers = 0
 
     def _turn_end(self) -> int:
         """Find the token with which the chat template closes an answer; eos if it shows none."""
@@ -155,12 +172,16 @@ class Encoder:
         if self.form == "plain" and not row.prompt[-1:].isspace():
             answer = " " + answer
         answer_ids = [*self._plain_ids(answer), self.end_id]
+        if self.max_answer_tokens is not None and len(answer_ids) > self.max_answer_tokens:
+            self.cut_answers += 1
+            answer_ids = answer_ids[: self.max_answer_tokens]
         room = self.max_tokens - len(answer_ids)
         if room < 1:
             raise ValueError(
                 "piece_ops.Encoder: an answer and its end token must take at most "
                 f"{self.max_tokens - 1} tokens "
-                f"(max_tokens {self.max_tokens}), got {len(answer_ids)} for {row.answer[:40]!r}"
+                f"(max_tokens {self.max_tokens}), got {len(answer_ids)} for {row.answer[:40]!r}; "
+                "max_answer_tokens cuts longer ones"
             )
         prompt = self.prompt_ids(row.prompt)
         if len(prompt) > room:

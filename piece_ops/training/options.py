@@ -38,6 +38,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     _add(
         group, "--max-tokens", type=int, help="longest row; the start of longer prompts is cut off"
     )
+    _add(
+        group,
+        "--max-answer-tokens",
+        type=int,
+        help="longer answers are cut to so many tokens, and end without an end token",
+    )
+    _add(group, "--train-rows", type=int, help="use only the first so many training rows of a task")
+    _add(group, "--held-out-rows", type=int, help="measure on the first so many rows only")
     _add(group, "--dtype", help="of the weights: float32 or bfloat16")
     _add(group, "--seed", type=int, help="decides every order and every sample")
 
@@ -163,6 +171,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def tasks_of(arguments: argparse.Namespace) -> list[Any]:
     """Read the tasks, each with its path."""
+    settings_of(arguments)  # a number out of range is an error before any file is read
     named = [split_argument(argument, "--task") for argument in arguments.task]
     metrics = dict(
         split_pair(argument, "--metric") for argument in getattr(arguments, "metric", ())
@@ -178,6 +187,8 @@ def tasks_of(arguments: argparse.Namespace) -> list[Any]:
                 seed=arguments.seed,
                 prefer=arguments.held_out,
                 metric=metrics.get(name, "exact"),
+                train_rows=arguments.train_rows,
+                held_out_rows=arguments.held_out_rows,
             ),
             path,
         )

@@ -53,8 +53,9 @@ class TaskRecord:
     Attributes
     ----------
     name, path, held_out_split, metric : str
-    train_rows, held_out_rows, truncated_rows : int
-        `truncated_rows` of both kinds lost the start of their prompt to `max_tokens`.
+    train_rows, held_out_rows, truncated_rows, cut_answers : int
+        `truncated_rows` of both kinds lost the start of their prompt to `max_tokens`, and
+        `cut_answers` the end of their answer to `max_answer_tokens`.
     trained : int or None
         Parameters trained; None before the task's turn.
     threshold : float or None
@@ -74,6 +75,7 @@ class TaskRecord:
     held_out_rows: int
     truncated_rows: int
     metric: str = "exact"
+    cut_answers: int = 0
     trained: int | None = None
     threshold: float | None = None
     losses: list[float] = field(default_factory=list)

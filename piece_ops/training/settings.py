@@ -64,6 +64,10 @@ class Settings:
         See `Encoder`.
     max_tokens : int
         Longest training row in tokens.
+    max_answer_tokens : int, optional
+        Longer answers are cut to so many tokens, for training and for the answer loss; None: all.
+    train_rows, held_out_rows : int, optional
+        Use no more than so many rows of a task, the first ones; None: all.
     eval_batch_size : int
         Rows in one pass of an evaluation.
     window : int
@@ -117,6 +121,9 @@ class Settings:
     embeddings: bool = False
     prompt_format: str = "auto"
     max_tokens: int = 512
+    max_answer_tokens: int | None = None
+    train_rows: int | None = None
+    held_out_rows: int | None = None
     eval_batch_size: int = 16
     window: int = 256
     general_tokens: int = 8192
@@ -156,7 +163,14 @@ class Settings:
             ("general_tokens", 2),
         ):
             self._check(name, getattr(self, name) >= least, f"at least {least}")
-        for name in ("refresh", "max_new_tokens", "lm_eval_limit"):
+        for name in (
+            "refresh",
+            "max_answer_tokens",
+            "train_rows",
+            "held_out_rows",
+            "max_new_tokens",
+            "lm_eval_limit",
+        ):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         if self.lm_eval_limit is not None and not self.lm_eval:

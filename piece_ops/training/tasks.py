@@ -179,7 +179,14 @@ def _short(text: str, most: int = 60) -> str:
 
 
 def load_task(
-    name: str, path: Path, *, seed: int = 0, prefer: str = "test", metric: str = "exact"
+    name: str,
+    path: Path,
+    *,
+    seed: int = 0,
+    prefer: str = "test",
+    metric: str = "exact",
+    train_rows: int | None = None,
+    held_out_rows: int | None = None,
 ) -> Task:
     """Read a task from a file or a folder; see the top of this module for the rules.
 
@@ -197,6 +204,8 @@ def load_task(
         ``"test"``.
     metric : str
         How answers are scored, one of `METRICS`.
+    train_rows, held_out_rows : int, optional
+        Use no more than so many, the first ones; by default all.
 
     Returns
     -------
@@ -219,7 +228,13 @@ def load_task(
     (1, 1)
     """
     check_metric(metric, f"task {name}")
-    return replace(_load(name, path, seed, prefer), metric=metric)
+    task = _load(name, path, seed, prefer)
+    return replace(
+        task,
+        train=task.train[:train_rows],
+        held_out=task.held_out[:held_out_rows],
+        metric=metric,
+    )
 
 
 def _load(name: str, path: Path, seed: int, prefer: str) -> Task:
