@@ -23,7 +23,7 @@ from demo.compare import (
     write_recorded,
 )
 from demo.model import DemoError, prepare_model
-from demo.settings import LR, METHOD, train_command
+from demo.settings import SHOWN, STUDY, TASKS, TEXTS
 from demo.tasks import write_data
 
 # Dense gradients come and go tensor by tensor; by default glibc hands such blocks back to the
@@ -78,13 +78,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     from piece_ops.cli import main as piece_ops
 
     out = arguments.cache / "demo-run"
-    command = train_command(model, data, out, method=METHOD, lr=LR, held_out="test")
+    command = STUDY.run_command(model, data, out, SHOWN)
     print(f"\npiece-ops {' '.join(command)}\n", flush=True)
     status = piece_ops(command)
     if status != 0:
         return status
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    _print_comparison(summarise(results, "test"), data)
+    _print_comparison(summarise(results, SHOWN.held_out, SHOWN.variant.name), data)
     print(
         f"\n{prepared - started:.0f} s to prepare, {time.perf_counter() - prepared:.0f} s to run; "
         f"the trained model is in {out / 'model'}"
@@ -94,12 +94,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _print_comparison(run: dict[str, object], data: Path) -> None:
     """Print this run beside the recorded ones."""
-    rows = [(f"{METHOD} (this run)", run)]
+    rows = [(f"{SHOWN.variant.name} (this run)", run)]
     recorded = read_recorded()
     if recorded is not None:
         rows += [(line["method"], line) for line in recorded["chosen"]]
     print("\nat the end of the three tasks, right answers in %, test rows")
-    print(comparison_table(rows))
+    print(comparison_table(rows, TASKS, TEXTS))
     print(
         "change: of the earlier tasks since each was learned; d: change of the logarithm of the "
         "perplexity"
@@ -113,19 +113,19 @@ def _print_comparison(run: dict[str, object], data: Path) -> None:
         "method at the best of its learning rates, chosen on eval rows; make demo COMPARE=1 runs "
         "them again"
     )
-    if recorded["data_sha256"] != data_digest(data):
+    if recorded["data_sha256"] != data_digest(data, TASKS):
         print("note: the tasks differ from the recorded ones (another tzdata)")
 
 
 def _compare(arguments: argparse.Namespace, model: Path, data: Path) -> int:
     """Run the comparison and print it."""
-    comparison = Comparison(model, data, arguments.cache / "compare").run()
+    comparison = Comparison(STUDY, model, data, arguments.cache / "compare").run()
     path = RECORDED if arguments.record else arguments.cache / "compare" / "comparison.json"
     write_recorded(comparison, path)
     print("\nthe grid, measured on eval rows")
-    print(comparison_table([(run["method"], run) for run in comparison["grid"]]))
+    print(comparison_table([(run["method"], run) for run in comparison["grid"]], TASKS, TEXTS))
     print("\neach method at its best rate, measured on test rows")
-    print(comparison_table([(run["method"], run) for run in comparison["chosen"]]))
+    print(comparison_table([(run["method"], run) for run in comparison["chosen"]], TASKS, TEXTS))
     print(f"written to {path}")
     return 0
 

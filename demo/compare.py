@@ -1,4 +1,4 @@
-"""The comparison: each method at its own best learning rate, chosen on eval, reported on test rows.
+"""A comparison: each method at its own best learning rate, chosen on eval, reported on test rows.
 
 Every run of the grid is one ``piece-ops train`` in a process of its own. Each finished run is one
 line of ``compare.jsonl``, so an interrupted comparison goes on where it stopped.
@@ -11,13 +11,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from demo.model import DemoError
-from demo.settings import GRID, TASKS, TEXTS, train_command
 from piece_ops._files import write_json
 from piece_ops.training.report import format_table, nats, percent, points
 from piece_ops.training.results import utc_now
@@ -25,22 +27,87 @@ from piece_ops.training.results import utc_now
 RECORDED = Path(__file__).with_name("recorded.json")
 
 
-def data_digest(data: Path) -> str:
+@dataclass(frozen=True)
+class Variant:
+    """One way to learn: its name in tables, the learning rates to try, and its options."""
+
+    name: str
+    rates: tuple[float, ...]
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes
+    ----------
+    tasks : tuple of str
+        In the order of learning.
+    texts : tuple of str
+        General texts.
+    variants : tuple of Variant
+    command : callable
+        Gets the model's folder, the data's folder and the tasks to learn; returns the arguments of
+        ``piece-ops`` that all runs share.
+    seeds : tuple of int
+        With the first one rates are chosen; every chosen rate is measured with each.
+    choose_on : int, optional
+        Rates are chosen on so many tasks, from the first; None: all.
+    same_rate : dict of str to str
+        Variants that take the rate of another one instead of choosing their own.
+    """
+
+    tasks: tuple[str, ...]
+    texts: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    command: Callable[[Path, Path, Sequence[str]], list[str]]
+    seeds: tuple[int, ...] = (0,)
+    choose_on: int | None = None
+    same_rate: Mapping[str, str] = field(default_factory=dict)
+
+    def run_command(self, model: Path, data: Path, out: Path, job: Job) -> list[str]:
+        """Return the arguments of ``piece-ops`` for one run: ``["train", "--model", ...]``."""
+        tasks = self.tasks[: self.choose_on] if job.held_out == "eval" else self.tasks
+        return [
+            *self.command(model, data, tasks),
+            *job.variant.options,
+            *("--lr", f"{job.lr:g}", "--seed", str(job.seed), "--held-out", job.held_out),
+            *("--out", str(out), "--overwrite"),
+        ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study; `held_out` is ``"eval"`` (to choose a rate) or ``"test"``."""
+
+    variant: Variant
+    lr: float
+    held_out: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}-{self.lr:g}-{self.held_out}-{self.seed}"
+
+
+def data_digest(data: Path, tasks: Sequence[str]) -> str:
     """Return the SHA-256 of all task files: rows measured on other data are not comparable."""
     digest = hashlib.sha256()
-    for task in TASKS:
+    for task in tasks:
         for split in ("train", "eval", "test"):
             digest.update((data / task / f"{split}.jsonl").read_bytes())
     return digest.hexdigest()
 
 
-def summarise(results: dict[str, Any], held_out: str) -> dict[str, Any]:
+def summarise(results: dict[str, Any], held_out: str, name: str) -> dict[str, Any]:
     """Reduce a ``results.json`` to what the comparison keeps of a run.
 
     Parameters
     ----------
     results : dict
     held_out : {"test", "eval"}
+    name : str
+        Of the variant.
 
     Returns
     -------
@@ -57,8 +124,9 @@ def summarise(results: dict[str, Any], held_out: str) -> dict[str, Any]:
         for phase, value in task["seconds"].items():
             seconds[phase] = round(seconds.get(phase, 0.0) + value, 2)
     return {
-        "method": results["settings"]["method"],
+        "method": name,
         "lr": results["settings"]["lr"],
+        "seed": results["settings"]["seed"],
         "held_out": held_out,
         "trained": results["tasks"][0]["trained"],
         "accuracy": results["accuracy"],
@@ -75,28 +143,32 @@ def summarise(results: dict[str, Any], held_out: str) -> dict[str, Any]:
 
 
 class Comparison:
-    """The grid, resumable.
+    """A study's runs, resumable.
 
     Parameters
     ----------
+    study : Study
     model, data : Path
         The model's folder and the folder of the tasks.
     folder : Path
         For ``compare.jsonl`` and the runs.
+    jobs : int
+        Runs at a time.
     """
 
-    def __init__(self, model: Path, data: Path, folder: Path) -> None:
-        self.model, self.data, self.folder = model, data, folder
+    def __init__(self, study: Study, model: Path, data: Path, folder: Path, jobs: int = 1) -> None:
+        self.study, self.model, self.data, self.folder = study, model, data, folder
+        self.jobs = jobs
         self.lines = folder / "compare.jsonl"
-        self.digest = data_digest(data)
+        self.digest = data_digest(data, study.tasks)
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _key(self, method: str, lr: float, held_out: str) -> str:
+    def _key(self, job: Job) -> str:
         """Name a run by everything that decides its numbers."""
-        command = train_command(
-            Path("model"), Path("data"), Path("out"), method=method, lr=lr, held_out=held_out
-        )
-        return hashlib.sha256(json.dumps([command, self.digest]).encode()).hexdigest()[:16]
+        command = self.study.run_command(Path("model"), Path("data"), Path("out"), job)
+        text = json.dumps([job.variant.name, command, self.digest])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _done(self) -> dict[str, dict[str, Any]]:
         """Read the finished runs; a line cut off by an interruption is run again."""
@@ -110,41 +182,54 @@ class Comparison:
                 found[value["key"]] = value
         return found
 
-    def run_once(self, method: str, lr: float, held_out: str) -> dict[str, Any]:
+    def run_once(self, job: Job) -> dict[str, Any]:
         """Return a finished run, running it if it is not there yet."""
-        key = self._key(method, lr, held_out)
-        done = self._done()
+        key = self._key(job)
+        with self._lock:
+            done = self._done()
         if key in done:
             return done[key]
-        print(f"\n{method}, learning rate {lr:g}, measured on {held_out} rows", flush=True)
-        out = self.folder / f"{method}-{lr:g}-{held_out}"
-        command = train_command(self.model, self.data, out, method=method, lr=lr, held_out=held_out)
+        print(f"\n{job}: to learn and to measure", flush=True)
+        out = self.folder / str(job)
+        command = self.study.run_command(self.model, self.data, out, job)
         child = [sys.executable, "-m", "piece_ops", *command, "--no-save-model"]
         status = subprocess.run(child, check=False).returncode
         if status != 0:
-            raise DemoError(f"demo: the run {method} at {lr:g} ended with status {status}")
+            raise DemoError(f"demo: the run {job} ended with status {status}")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        line = {"key": key, **summarise(results, held_out)}
-        with self.lines.open("a", encoding="utf-8") as stream:
+        line = {"key": key, **summarise(results, job.held_out, job.variant.name)}
+        with self._lock, self.lines.open("a", encoding="utf-8") as stream:
             # The newline first: after a line that an interruption cut off, this one starts anew.
             stream.write("\n" + json.dumps(line))
             stream.flush()
             os.fsync(stream.fileno())
         return line
 
+    def _run_all(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        if self.jobs == 1:
+            return [self.run_once(job) for job in jobs]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(self.run_once, jobs))
+
     def run(self) -> dict[str, Any]:
-        """Run what is missing of the grid, choose each method's rate, measure it on the test rows.
+        """Run what is missing of the grid, choose each variant's rate, measure it on test rows.
 
         Returns
         -------
         dict
             As in ``recorded.json``: ``grid`` (all runs, eval rows) and ``chosen`` (test rows).
         """
-        grid = [self.run_once(m, lr, "eval") for m, rates in GRID.items() for lr in rates]
-        chosen = [
-            self.run_once(method, best_rate([r for r in grid if r["method"] == method]), "test")
-            for method in GRID
-        ]
+        study = self.study
+        grid = self._run_all(
+            [Job(v, lr, "eval", study.seeds[0]) for v in study.variants for lr in v.rates]
+        )
+        best = {}
+        for v in study.variants:
+            name = study.same_rate.get(v.name, v.name)
+            best[v.name] = best_rate([run for run in grid if run["method"] == name])
+        chosen = self._run_all(
+            [Job(v, best[v.name], "test", seed) for seed in study.seeds for v in study.variants]
+        )
         return {
             "date": utc_now()[:10],
             "rule": "the rate with the highest mean accuracy on eval rows after the last task; of "
@@ -182,20 +267,24 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float:
     return float(max(runs, key=merit)["lr"])
 
 
-def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def comparison_table(
+    runs: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str], texts: Sequence[str]
+) -> str:
     """Write one line for each run: what it learned, what it forgot, what it cost.
 
     Parameters
     ----------
     runs : sequence of (label, dict)
         As `summarise` makes them.
+    tasks, texts : sequence of str
+        Their names, in the order of the runs' matrices.
 
     Returns
     -------
     str
     """
-    header = ["method", "lr", "trained", *TASKS, "mean", "change", "answer loss"]
-    header += [f"d {text}" for text in TEXTS]
+    header = ["method", "lr", "trained", *tasks, "mean", "change", "answer loss"]
+    header += [f"d {text}" for text in texts]
     rows = []
     for label, run in runs:
         summary = run["summary"]
@@ -203,7 +292,7 @@ def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
         row += [percent(value) for value in run["accuracy"][-1]]
         row += [percent(summary["accuracy_final"]), points(summary["accuracy_backward_transfer"])]
         row.append(nats(summary["loss_final"]))
-        row += [nats(run["log_perplexity_drift"][text], sign=True) for text in TEXTS]
+        row += [nats(run["log_perplexity_drift"][text], sign=True) for text in texts]
         rows.append(row)
     return format_table(header, rows)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.compare import comparison_table, read_recorded
-from demo.settings import TASKS
+from demo.settings import TASKS, TEXTS
 from piece_ops._files import write_text
 
 README = Path(__file__).parents[1] / "README.md"
@@ -32,7 +32,7 @@ again. Before training the right answers are {", ".join(before)}; right after le
 {chosen[0]["method"]} has {", ".join(learned)}. After the last task:
 
 ```
-{comparison_table([(run["method"], run) for run in chosen])}
+{comparison_table([(run["method"], run) for run in chosen], TASKS, TEXTS)}
 ```
 
 mean, change: right answers in percent, and their change on the earlier tasks since each was

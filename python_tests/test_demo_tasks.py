@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from demo import compare, model, tasks
-from demo.settings import GRID, TASKS, train_command
+from demo.settings import STUDY, TASKS, TEXTS
 from piece_ops.cli import build_parser
 from piece_ops.training.tasks import load_task
 
@@ -66,7 +66,7 @@ def test_the_data_is_the_recorded_one(data: Path) -> None:
     recorded = compare.read_recorded()
     if recorded is not None and recorded.get("tzdata") == version("tzdata"):
         # Built on whatever Python runs this; the recorded rows came from another.
-        assert compare.data_digest(data) == recorded["data_sha256"]
+        assert compare.data_digest(data, TASKS) == recorded["data_sha256"]
 
 
 def test_spread_takes_equal_parts() -> None:
@@ -75,12 +75,10 @@ def test_spread_takes_equal_parts() -> None:
 
 def test_the_commands_of_the_demo_are_valid() -> None:
     parser = build_parser()
-    for method in GRID:
-        command = train_command(
-            Path("m"), Path("d"), Path("o"), method=method, lr=1e-3, held_out="eval"
-        )
-        parsed = parser.parse_args(command)
-        assert parsed.method == method and parsed.lr == 1e-3
+    for variant in STUDY.variants:
+        job = compare.Job(variant, 1e-3, "eval", 5)
+        parsed = parser.parse_args(STUDY.run_command(Path("m"), Path("d"), Path("o"), job))
+        assert (parsed.method, parsed.lr, parsed.seed) == (variant.name, 1e-3, 5)
 
 
 def results_of(command: list[str]) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def results_of(command: list[str]) -> dict[str, Any]:
     parsed = build_parser().parse_args(command[command.index("train") :])
     accuracy = 0.5 + parsed.lr
     return {
-        "settings": {"method": parsed.method, "lr": parsed.lr},
+        "settings": {"method": parsed.method, "lr": parsed.lr, "seed": parsed.seed},
         "texts": [{"name": "english"}, {"name": "code"}],
         "general_loss": [[3.0, 2.0], [3.5, None]],
         "base_seconds": {"load": 1.0},
@@ -124,17 +122,18 @@ def test_the_comparison_goes_on_where_it_stopped(
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", pretend)
-    comparison = compare.Comparison(Path("m"), data, tmp_path / "compare")
+    comparison = compare.Comparison(STUDY, Path("m"), data, tmp_path / "compare")
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             comparison.run()
         with comparison.lines.open("a") as stream:
             stream.write('\n{"key": "cut of')  # as an interruption may leave it
     found = comparison.run()
-    assert len(ran) == sum(len(rates) for rates in GRID.values()) + len(GRID)
-    assert [run["lr"] for run in found["chosen"]] == [max(rates) for rates in GRID.values()]
+    variants = STUDY.variants
+    assert len(ran) == sum(len(v.rates) for v in variants) + len(variants)
+    assert [run["lr"] for run in found["chosen"]] == [max(v.rates) for v in variants]
     assert all(run["held_out"] == "test" for run in found["chosen"])
-    table = compare.comparison_table([(run["method"], run) for run in found["grid"]])
+    table = compare.comparison_table([(run["method"], run) for run in found["grid"]], TASKS, TEXTS)
     assert len(table.splitlines()) == 2 + len(found["grid"])
     compare.write_recorded(found, tmp_path / "recorded.json")
     assert "key" not in json.loads((tmp_path / "recorded.json").read_text())["grid"][0]
@@ -144,9 +143,9 @@ def test_a_failed_run_is_reported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
-    comparison = compare.Comparison(Path("m"), data, tmp_path)
-    with pytest.raises(model.DemoError, match="the run full at 1e-05 ended with status 2"):
-        comparison.run_once("full", 1e-5, "eval")
+    comparison = compare.Comparison(STUDY, Path("m"), data, tmp_path)
+    with pytest.raises(model.DemoError, match="the run full-1e-05-eval-0 ended with status 2"):
+        comparison.run_once(compare.Job(STUDY.variants[-1], 1e-5, "eval", 0))
 
 
 def test_best_rate_counts_a_diverged_run_as_worst() -> None:
