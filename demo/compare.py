@@ -56,6 +56,8 @@ class Study:
         Rates are chosen on so many tasks, from the first; None: all.
     same_rate : dict of str to str
         Variants that take the rate of another one instead of choosing their own.
+    choose, rule : callable, str
+        Gets the runs of a variant on eval rows and returns the rate; the same in words.
     """
 
     tasks: tuple[str, ...]
@@ -65,6 +67,11 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     choose_on: int | None = None
     same_rate: Mapping[str, str] = field(default_factory=dict)
+    choose: Callable[[Sequence[dict[str, Any]]], float] = field(default=lambda r: best_rate(r))
+    rule: str = (
+        "the rate with the highest mean accuracy on eval rows after the last task; of equal ones "
+        "the one with the smaller mean answer loss"
+    )
 
     def run_command(self, model: Path, data: Path, out: Path, job: Job) -> list[str]:
         """Return the arguments of ``piece-ops`` for one run: ``["train", "--model", ...]``."""
@@ -226,14 +233,13 @@ class Comparison:
         best = {}
         for v in study.variants:
             name = study.same_rate.get(v.name, v.name)
-            best[v.name] = best_rate([run for run in grid if run["method"] == name])
+            best[v.name] = study.choose([run for run in grid if run["method"] == name])
         chosen = self._run_all(
             [Job(v, best[v.name], "test", seed) for seed in study.seeds for v in study.variants]
         )
         return {
             "date": utc_now()[:10],
-            "rule": "the rate with the highest mean accuracy on eval rows after the last task; of "
-            "equal ones the one with the smaller mean answer loss",
+            "rule": study.rule,
             "data_sha256": self.digest,
             "tzdata": version("tzdata"),
             "machine": chosen[0]["machine"],
