@@ -164,8 +164,8 @@ def page(study: dict[str, Any]) -> str:
         f"{machine['instruction_set']}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}).",
         f"Each method at the best of its learning rates: {study['rule']}, on the first task with "
-        f"seed 0. Measured on {HELD_OUT_ROWS} test rows a task, the same for both seeds: the standard error of "
-        "one score is about 6 points, of OP and gain about 3.5.",
+        f"seed 0. Measured on {HELD_OUT_ROWS} test rows a task, the same for both seeds: the "
+        "standard error of one score is about 6 points, of OP and gain about 3.5.",
         "## Means over seeds",
         f"```\n{summary_table(study['chosen'])}\n```",
         "OP, BWT, gain in points: mean score at the end; its change on earlier tasks since each "
