@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -63,16 +62,19 @@ def _sparse(name: str, method: str, rates: tuple[float, ...], *more: str) -> Var
     return Variant(name, rates, (*options, "--importance-rows", "24", *more))
 
 
-def smallest_of_the_best(runs: Sequence[dict[str, Any]]) -> float:
-    """Return the smallest rate whose accuracy is within one standard error of the best one's.
+TOLERANCE = 1.05
 
-    The rule of Breiman et al. (1984): what 60 rows cannot tell from the best, and moves the model
-    less. Without it the highest of a few noisy scores would often be that of a rate that ruins the
-    model's general ability.
+
+def gentlest_of_the_best(runs: Sequence[dict[str, Any]]) -> float:
+    """Return the smallest rate whose answer loss is at most 5 % above the best one's.
+
+    The loss and not the score, because 60 rows of FOMC score every rate of most methods alike: the
+    share of the most frequent letter. With a margin, because the very smallest loss is often that
+    of a rate that ruins the model's general ability for a thousandth. The rule was made when the
+    first half of the grid was known, before any test run.
     """
-    best = max(run["summary"]["accuracy_final"] for run in runs)
-    error = math.sqrt(best * (1 - best) / HELD_OUT_ROWS)
-    return float(min(r["lr"] for r in runs if r["summary"]["accuracy_final"] >= best - error))
+    best = min(run["summary"]["loss_final"] for run in runs)
+    return float(min(r["lr"] for r in runs if r["summary"]["loss_final"] <= TOLERANCE * best))
 
 
 REFERENCE = ("--reference-rows", "24")
@@ -86,15 +88,15 @@ STUDY = Study(
         _sparse("piece-f", "piece-f", (1e-4, 3e-4, 1e-3)),
         _sparse("piece-s", "piece-s", (3e-4, 1e-3, 3e-3)),
         _sparse("random", "random", (3e-3, 1e-2, 3e-2)),
-        Variant("lora", (1e-4, 3e-4, 1e-3), ("--method", "lora")),
-        Variant("full", (3e-6, 1e-5, 3e-5), ("--method", "full")),
+        Variant("lora", (1e-4, 3e-4), ("--method", "lora")),
+        Variant("full", (1e-5, 3e-5), ("--method", "full")),
     ),
     command=command,
     seeds=(0, 1),
     choose_on=1,
     same_rate={"piece-g + statistics": "piece-g"},
-    choose=smallest_of_the_best,
-    rule="the smallest rate whose accuracy on eval rows is within one standard error of the best",
+    choose=gentlest_of_the_best,
+    rule="the smallest rate whose answer loss on eval rows is at most 5 % above the best one's",
 )
 
 
