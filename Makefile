@@ -8,7 +8,7 @@
 #   make smoke      install each into an empty environment and try it (TORCH=2.10.0)
 #
 # On a machine with an NVIDIA GPU, torch, nvcc, CMake and ninja; these two use $(PYTHON) itself:
-#   make test-cuda  every op on the GPU      make bench-cuda  time it (DRY=1: list rows, no GPU)
+#   make test-cuda  every op on the GPU      make bench-cuda  time it (DRY=1: list cases, no GPU)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,7 +62,7 @@ slow: $(VENV)/.extra-test
 
 bench: $(VENV)/.extra-bench
 	$(BIN)/python -m bench --out bench/results/cpu.jsonl
-	$(BIN)/python -m bench.report bench/results/cpu.jsonl
+	$(BIN)/python -m bench.report bench/results/cpu.jsonl $(wildcard bench/results/cuda.jsonl)
 
 lint: $(VENV)/.extra-test $(VENV)/.extra-lint
 	$(BIN)/ruff check .

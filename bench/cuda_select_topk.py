@@ -1,23 +1,35 @@
-"""select_topk on a GPU: rows with their bytes, floors and predictions, beside their peers."""
+"""select_topk on a GPU: plans with their bytes, floors and predictions, beside their peers."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import piece_ops
-from bench.cuda_timing import READ_GB_PER_S, Peer, Row, optional, reader
+from bench import cuda_cub
+from bench.cuda_timing import (
+    READ_GB_PER_S,
+    Peer,
+    Plan,
+    Rows,
+    Target,
+    absent,
+    no_slower,
+    one_read,
+    optional,
+    reader,
+)
+from bench.harness import under_best
 from piece_ops.backends import cuda, cuda_select_topk
 
 LAUNCHES_MS = 0.05  # some 20 small kernels around the one read
+PART = 1 << 30  # scores that torch.topk gets at a time, in its other form
+TOPK, TOPK_PARTS, SORT = "torch.topk", "torch.topk of parts, then of their winners", "torch.sort"
+MAXIMA = "piece_ops, by the maxima"
+WITHOUT, WITH = "accumulation", "accumulation with maxima"
 
 
 # ---- answers ----------------------------------------------------------------------------------
@@ -51,82 +63,20 @@ def joined(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     return torch.cat([i + start for i, start in zip(indices, starts, strict=False)])
 
 
-# ---- peers ------------------------------------------------------------------------------------
-
-
-def ours(scores: Any, k: int, check: Any = None, algorithm: str = "auto") -> Peer:
-    name = "piece_ops" if algorithm == "auto" else f"piece_ops, {algorithm}"
-    return Peer(name, lambda: piece_ops.select_topk(scores, k, algorithm=algorithm), check)
-
-
-def torch_topk(x: Tensor, k: int) -> Peer:
-    return Peer(
-        "torch.topk",
-        lambda: torch.topk(x, k, sorted=False).indices,
-        check_flat(x, k, first_ties=False),
-    )
-
-
-def cub_topk(x: Tensor, k: int) -> Peer:
-    """DeviceTopK, compiled now; it takes any of the ties and is not deterministic."""
-    library = _cub()
-    values = torch.empty(k, dtype=torch.float32, device=x.device)
-    positions = torch.empty(k, dtype=torch.int64, device=x.device)
-    n_bytes = library.cub_topk_bytes(x.numel(), k)
-    if n_bytes < 0:
-        raise RuntimeError("the toolkit's CUB has no DeviceTopK (CCCL 3.2 and later have)")
-    scratch = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
-
-    def run() -> Tensor:
-        pointers = [t.data_ptr() for t in (x, values, positions)]
-        stream = torch.cuda.current_stream().cuda_stream
-        done = library.cub_topk(scratch.data_ptr(), n_bytes, *pointers, x.numel(), k, stream)
-        if done < 0:
-            raise RuntimeError(f"CUB failed with {-1 - done}")
-        return positions
-
-    return Peer("cub::DeviceTopK", run, check_flat(x, k, first_ties=False))
-
-
-_library: list[Any] = []
-
-
-def _cub() -> Any:
-    if _library:
-        return _library[0]
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    folder = Path(tempfile.mkdtemp(prefix="piece_ops-bench-"))
-    command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=native"]
-    command += ["-o", str(folder / "cub.so"), str(Path(__file__).parent / "peers_cub_topk.cu")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise RuntimeError(f"no nvcc: {error}") from error
-    if done.returncode:
-        raise RuntimeError(f"nvcc: {done.stderr.splitlines()[0]}")
-    library = ctypes.CDLL(str(folder / "cub.so"))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.cub_topk_bytes.argtypes = [number, number]
-    library.cub_topk_bytes.restype = number
-    library.cub_topk.argtypes = [pointer, number, pointer, pointer, pointer, number, number]
-    library.cub_topk.argtypes += [pointer]
-    library.cub_topk.restype = number
-    _library.append(library)
-    return library
-
-
-# ---- rows -------------------------------------------------------------------------------------
+# ---- inputs -----------------------------------------------------------------------------------
 
 
 def random_scores(kind: str, n: int) -> Tensor:
     """Made on the GPU, in place, in pieces where the generator needs it."""
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.empty(n, device="cuda")
-    for part in x.split(1 << 30):
+    for part in x.split(1 << 28):
         if kind == "Gaussian squared":
             part.normal_(generator=g).square_()
         elif kind == "lognormal, sigma 4":
             part.normal_(generator=g).mul_(4.0).exp_()
+        elif kind == "Fisher-like":
+            _fisher(part, g)
         elif kind == "all equal":
             part.fill_(0.25)
         elif kind == "99 % zeros":
@@ -136,18 +86,65 @@ def random_scores(kind: str, n: int) -> Tensor:
     return x
 
 
+def _fisher(part: Tensor, g: Any) -> None:
+    """Squared gradients as matrices have them: outer products, row by column.
+
+    Rows and columns of very different size (lognormal, sigma 2 and 1), squared noise on each entry,
+    and one row in eight never touched (an embedding's unseen tokens): exactly zero.
+    """
+    width = min(4096, part.numel())
+    matrix = part[: part.numel() // width * width].view(-1, width)
+    part.normal_(generator=g).square_()
+    rows = torch.empty(matrix.shape[0], 1, device=part.device).normal_(generator=g).mul_(2).exp_()
+    rows[::8] = 0.0
+    matrix.mul_(rows).mul_(torch.empty(width, device=part.device).normal_(generator=g).exp_())
+
+
+# ---- peers ------------------------------------------------------------------------------------
+
+
+def ours(x: Tensor, k: int, algorithm: str = "auto") -> Peer:
+    name = "piece_ops" if algorithm == "auto" else f"piece_ops, {algorithm}"
+    return Peer(
+        name,
+        lambda: piece_ops.select_topk(x, k, algorithm=algorithm).indices,
+        check_flat(x, k, first_ties=True),
+        role="ours",
+    )
+
+
+def topk_of_parts(x: Tensor, k: int) -> Tensor:
+    """What torch.topk can do past its own limits: the k largest of all are among each part's."""
+    values, positions, start = [], [], 0
+    for part in x.split(PART):
+        top = torch.topk(part, min(k, part.numel()), sorted=False)
+        values.append(top.values)
+        positions.append(top.indices + start)
+        start += part.numel()
+    return torch.cat(positions)[torch.topk(torch.cat(values), k, sorted=False).indices]
+
+
+def torch_ways(x: Tensor, k: int) -> list[Peer]:
+    right = check_flat(x, k, first_ties=False)
+    if x.numel() < 2**31:
+        return [
+            Peer(TOPK, lambda: torch.topk(x, k, sorted=False).indices, right),
+            Peer(SORT, lambda: torch.sort(x, descending=True).indices[:k], right),
+        ]
+    too_many = f"not tried on {x.numel():,} scores in one piece, more than 2^31"
+    return [
+        absent(TOPK, too_many),
+        Peer(TOPK_PARTS, lambda: topk_of_parts(x, k), right),
+        absent(SORT, too_many),
+    ]
+
+
 def standalone(kind: str, n: int, k: int) -> list[Peer]:
     x = random_scores(kind, n)
-    right = check_flat(x, k, first_ties=True)
-    mine = [
-        Peer(peer.name, lambda run=peer.run: run().indices, right)
-        for peer in (ours(x, k), ours(x, k, algorithm="radix"))
-    ]
-    peers = [reader([x]), *mine]
-    if n < 2**32:
-        peers.append(torch_topk(x, k))
-    peers.append(optional(lambda: cub_topk(x, k), "cub::DeviceTopK"))
-    return peers
+    cub = optional(
+        lambda: cuda_cub.cub_topk(x, k, check_flat(x, k, first_ties=False)), cuda_cub.NAME
+    )
+    return [reader([x]), ours(x, k), ours(x, k, "radix"), *torch_ways(x, k), cub]
 
 
 def fused(n: int, k: int) -> list[Peer]:
@@ -157,43 +154,53 @@ def fused(n: int, k: int) -> list[Peer]:
     maxima = torch.empty((n + 31) // 32, device="cuda")
     cuda.accumulate_squares_and_maxima_([squares], [grads], [], 1.0, [maxima])
     select = ([squares], [], [k], [], "plain", 0.0, 0, "raise", "auto", [maxima])
-    right = check_flat(squares, k, first_ties=True)
     # Timed on accumulators of their own: what the selection reads must not change.
     other, other_maxima = squares.clone(), maxima.clone()
     weight = 2.0**-60
+
+    def without() -> None:
+        piece_ops.accumulate_squares_(other, grads, weight=weight)
+
+    def with_maxima() -> None:
+        cuda.accumulate_squares_and_maxima_([other], [grads], [], weight, [other_maxima])
+
     return [
         reader([squares]),
         Peer(
-            "piece_ops, by the maxima",
+            MAXIMA,
             lambda: cuda_select_topk.select_topk_by_maxima(*select)[0],
-            right,
+            check_flat(squares, k, first_ties=True),
+            role="ours",
         ),
-        Peer(
-            "accumulation",
-            lambda: piece_ops.accumulate_squares_(other, grads, weight=weight),
-        ),
-        Peer(
-            "accumulation with maxima",
-            lambda: cuda.accumulate_squares_and_maxima_(
-                [other], [grads], [], weight, [other_maxima]
-            ),
-        ),
+        Peer(WITHOUT, without, role="ours", n_bytes=10 * n),
+        Peer(WITH, with_maxima, role="ours", n_bytes=10 * n + n // 8),
     ]
 
 
-def many(count: int, n: int, k: int) -> list[Peer]:
+def on_top_of_the_accumulation(rows: Rows) -> float | None:
+    """(accumulation with maxima - without + selection) / one read."""
+    parts = [rows.get(name) for name in (WITH, WITHOUT, MAXIMA, "one read (torch.amax)")]
+    times = [row.p50_ms for row in parts if row and row.times_ms]
+    if len(times) < len(parts):
+        return None
+    longer, shorter, select, read = times
+    return (longer - shorter + select) / read
+
+
+def many(counts: Sequence[int], n: int, k: int) -> list[Peer]:
     flat = random_scores("Gaussian squared", n)
     right = check_flat(flat, k, first_ties=True)
 
-    def peer(pieces: int) -> Peer:
-        parts = list(flat.split((n + pieces - 1) // pieces))
+    def peer(count: int) -> Peer:
+        parts = list(flat.split(n // count))
         return Peer(
-            f"piece_ops, {len(parts):,} tensors",
+            f"{count:,} tensors",
             lambda: piece_ops.select_topk(parts, k),
             lambda top: right(joined(parts, top.indices)),
+            role="ours",
         )
 
-    return [reader([flat]), peer(10), peer(count)]
+    return [reader([flat]), *map(peer, counts)]
 
 
 def piece_s(n: int, k: int) -> list[Peer]:
@@ -207,7 +214,7 @@ def piece_s(n: int, k: int) -> list[Peer]:
     right = check_flat(materialise(), k, first_ties=True)
     return [
         reader([sums, squares]),
-        Peer("piece_ops, fused", lambda: piece_ops.select_topk(score, k).indices, right),
+        Peer("piece_ops", lambda: piece_ops.select_topk(score, k).indices, right, role="ours"),
         Peer(
             "torch: score array, topk",
             lambda: torch.topk(materialise(), k, sorted=False).indices,
@@ -215,59 +222,93 @@ def piece_s(n: int, k: int) -> list[Peer]:
     ]
 
 
-def rows(small: int = 1_000_000_000, large: int = 8_000_000_000) -> Iterator[Row]:
+# ---- plans ------------------------------------------------------------------------------------
+
+
+def plans(small: int = 1_000_000_000, large: int = 8_000_000_000) -> Iterator[Plan]:
     """The table of select_topk; sizes as arguments, so that a test can build them small."""
 
-    def row(
+    def plan(
         name: str,
-        floor: int,
-        ours: float,
-        target: str,
-        build: Callable[[], Any],
+        n: int,
+        our_bytes: float,
+        targets: list[Target],
+        build: Callable[[], list[Peer]],
+        *,
+        floor_bytes: int | None = None,
         more_ms: float = LAUNCHES_MS,
-    ) -> Row:
-        return Row("select_topk", name, floor, target, build, int(ours), READ_GB_PER_S, more_ms)
-
-    faster = "<= 1.15 x one read; >= 4 x faster than torch.topk"
-    for kind, n in (
-        ("Gaussian squared", small),
-        ("lognormal, sigma 4", small),
-        ("Gaussian squared", large),
-    ):
-        yield row(
-            f"{kind}, n = {n:.0e} float32, k = 0.1 %",
-            4 * n,
-            4.10 * n,
-            faster,
-            lambda kind=kind, n=n: standalone(kind, n, n // 1000),
+    ) -> Plan:
+        floor = 4 * n if floor_bytes is None else floor_bytes
+        return Plan(
+            "select_topk",
+            name,
+            n,
+            floor,
+            targets,
+            build,
+            int(our_bytes),
+            READ_GB_PER_S,
+            more_ms,
+            "float32",
         )
-    yield row(
-        f"fused with the last accumulation, n = {small:.0e}",
-        4 * small,
+
+    faster = Target(
+        "faster than torch.topk at its best",
+        under_best([TOPK, TOPK_PARTS], "piece_ops"),
+        4.0,
+        at_most=False,
+    )
+    for kind, n, one_in in (
+        ("Gaussian squared", small, 1000),
+        ("Gaussian squared", large, 1000),
+        ("lognormal, sigma 4", small, 1000),
+        ("Fisher-like", small, 1000),
+        ("Gaussian squared", small, 10_000),
+        ("Gaussian squared", small, 100),
+    ):
+        yield plan(
+            f"{kind}, n = {n:.0e} float32, k = {100 / one_in:g} %",
+            n,
+            (4.03 + 80.0 / one_in) * n,
+            [one_read(1.15), faster],
+            lambda kind=kind, n=n, one_in=one_in: standalone(kind, n, n // one_in),
+        )
+    yield plan(
+        f"fused with the last accumulation, n = {small:.0e}, k = 0.1 %",
+        small,
         0.30 * small,
-        "<= 0.2 x one read on top of the accumulation",
+        [
+            Target(
+                "on top of the accumulation / one read",
+                on_top_of_the_accumulation,
+                0.2,
+                at_most=True,
+            )
+        ],
         lambda: fused(small, small // 1000),
+        floor_bytes=small // 8,  # the maxima, once
     )
     for kind in ("all equal", "99 % zeros", "256 distinct values"):
-        yield row(
-            f"{kind}, n = {small:.0e}",
-            4 * small,
+        yield plan(
+            f"{kind}, n = {small:.0e}, k = 0.1 %",
+            small,
             4.4 * small,
-            "exact, <= 2.5 x one read",
+            [one_read(2.5)],
             lambda kind=kind: standalone(kind, small, small // 1000),
         )
-    yield row(
+    yield plan(
         f"10,000 tensors of {small // 10_000:,}",
-        4 * small,
+        small,
         4.15 * small,
-        "<= 1.3 x the time of ten tensors",
-        lambda: many(10_000, small, small // 1000),
+        [no_slower("10,000 tensors", "10 tensors", "time / as ten tensors")],
+        lambda: many((10, 10_000), small, small // 1000),
         more_ms=25.0,  # of host: some 2.5 us of Python a tensor
     )
-    yield row(
+    yield plan(
         f"PIECE-S of 2 x {small:.0e}",
-        8 * small,
+        small,
         8.2 * small,
-        "<= 1.15 x one read of both",
+        [one_read(1.15, what="time / one read of both")],
         lambda: piece_s(small, small // 1000),
+        floor_bytes=8 * small,
     )

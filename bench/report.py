@@ -44,8 +44,9 @@ def where(cases: dict[CaseKey, list[Line]]) -> str:
     seen = []
     for lines in cases.values():
         r = lines[0]
+        gpu = f"{r['gpu']}, beside " if r.get("gpu") else ""
         text = (
-            f"{r['cpu']}, {r['cores']} cores, {r['memory_gib']} GiB, {r['threads']} threads, "
+            f"{gpu}{r['cpu']}, {r['cores']} cores, {r['memory_gib']} GiB, {r['threads']} threads, "
             f"instruction set {r['isa']}; piece_ops {r['piece_ops']} ({r['git'] or 'no commit'}), "
             f"torch {r['torch']}, numpy {r['numpy']}, Python {r['python']}; {r['date'][:10]}; "
             f"`GLIBC_TUNABLES={r['glibc_tunables']}` for every peer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from piece_ops.delta import Delta, TaskSwitch, diff
 from piece_ops.functional import (
+    ChunkMaxima,
     Score,
     TopK,
     accumulate_per_sample_squares_,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "ChunkMaxima",
     "Delta",
     "Importance",
     "PieceModel",

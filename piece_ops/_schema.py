@@ -131,7 +131,7 @@ def _check_indices(op: str, indices: Sequence[Tensor], argument: str = "indices"
             )
 
 
-def _check_name(op: str, argument: str, value: str, known: Collection[str]) -> None:
+def check_name(op: str, argument: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(
             f"piece_ops.{op}: {argument} must be one of {', '.join(known)}, got {value!r}"
@@ -320,9 +320,9 @@ def check_select_topk(
 ) -> None:
     """One k: over all tensors together; else one k for each tensor. exclude may be empty."""
     op = "select_topk"
-    _check_name(op, "score", score, SCORE_CODES)
-    _check_name(op, "nan", nan, NAN_RULES)
-    _check_name(op, "algorithm", algorithm, ALGORITHM_CODES)
+    check_name(op, "score", score, SCORE_CODES)
+    check_name(op, "nan", nan, NAN_RULES)
+    check_name(op, "algorithm", algorithm, ALGORITHM_CODES)
     if not 0 <= constant < float("inf"):
         raise ValueError(
             f"piece_ops.{op}: constant must be finite and not negative, got {constant}"

@@ -23,12 +23,15 @@ from piece_ops import backends as backends  # registers the implementations
 from piece_ops._arrays import Arrangement
 from piece_ops._foreign import as_tensor, torch_dtype
 from piece_ops._topk import Score, TopK
+from piece_ops.backends import cuda_maxima, cuda_select_topk
+from piece_ops.backends.cuda_maxima import ChunkMaxima
 
 Array = Any  # of any library
 Tensors = Any  # an array, or a list, tuple or dict of them; mirrored in the result
 _ops = torch.ops.piece_ops
 
 __all__ = [
+    "ChunkMaxima",
     "Score",
     "TopK",
     "accumulate_per_sample_squares_",
@@ -50,6 +53,7 @@ def select_topk(
     nan: Literal["raise", "lowest"] = "raise",
     *,
     algorithm: Literal["auto", "filter", "radix"] = "auto",
+    maxima: ChunkMaxima | None = None,
 ) -> TopK:
     """Select the k largest scores of many tensors together, exactly, without concatenating them.
 
@@ -77,6 +81,9 @@ def select_topk(
         "filter": a bound from a sample, one read, verified by count (then "radix" if it missed).
         "radix": digit histograms, two to four reads, whatever the data. "auto": "filter", but for
         k above a quarter of all.
+    maxima : ChunkMaxima, optional
+        What accumulation left for these scores on a GPU, so that less is read; the result is the
+        same. Of no use with scope "tensor".
 
     Returns
     -------
@@ -126,9 +133,15 @@ def select_topk(
         return TopK(empty, float("inf") if is_global else empty, 0 if is_global else empty)
     excluded = [] if exclude is None else _excluded(given, exclude)
     with given.naming_errors():
-        indices, counts, thresholds, ties = _ops.select_topk(
-            given.tensors, second, ks, excluded, kind, constant, seed, nan, algorithm
-        )
+        arguments = (given.tensors, second, ks, excluded, kind, constant, seed, nan, algorithm)
+        known = []
+        if maxima is not None and scope == "global" and cuda_maxima.takes(given.tensors):
+            known = maxima.of(given.tensors, second, kind, constant)
+        if known:
+            results = cuda_select_topk.select_topk_by_maxima(*arguments, known)
+        else:
+            results = _ops.select_topk(*arguments)
+        indices, counts, thresholds, ties = results
         parts = given.split(indices, counts.tolist())
         numbers = thresholds.tolist(), ties.tolist()
     if scope == "global":
@@ -173,7 +186,12 @@ def _excluded(given: Arrangement, exclude: Tensors) -> list[Tensor]:
 
 
 def accumulate_squares_(
-    square_sums: Tensors | None, grads: Tensors, sums: Tensors | None = None, weight: float = 1.0
+    square_sums: Tensors | None,
+    grads: Tensors,
+    sums: Tensors | None = None,
+    weight: float = 1.0,
+    *,
+    maxima: ChunkMaxima | None = None,
 ) -> None:
     """Add the squares of gradients, and if asked the gradients, to float32 accumulators in place.
 
@@ -191,6 +209,8 @@ def accumulate_squares_(
         float32 accumulators likewise.
     weight : float
         Positive; 1 adds plain sums.
+    maxima : ChunkMaxima, optional
+        Gets the largest score of every 32 elements, on a GPU, for `select_topk`.
 
     Raises
     ------
@@ -221,8 +241,12 @@ def accumulate_squares_(
     )
     if not len(given):
         return
+    factor = _number(op, "weight", weight)
     with given.naming_errors():
-        _ops.accumulate_squares_(squares, given.tensors, totals, _number(op, "weight", weight))
+        if maxima is not None and cuda_maxima.takes(given.tensors):
+            maxima.accumulate(squares, given.tensors, totals, factor)
+        else:
+            _ops.accumulate_squares_(squares, given.tensors, totals, factor)
 
 
 def accumulate_per_sample_squares_(

@@ -1,9 +1,11 @@
-"""The GPU benchmark without a GPU: its table, and every peer's answer on emulated kernels."""
+"""The GPU benchmark without a GPU: its table, its verdicts, its answers on emulated kernels."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import cuda as bench
-from bench import cuda_select_topk, cuda_timing
-from bench.cuda_timing import Peer
+from bench import cuda_lists, cuda_others, cuda_select_topk, cuda_timing, harness, report
+from bench.cuda_timing import HostPeer, Peer, Plan
+from bench.harness import Absent, Row
 
 from helpers.emulated import build, cuda_implementations, emulation, load
 
@@ -58,7 +61,7 @@ def answers(peers: list[Peer]) -> dict[str, Any]:
     """What each of our peers returned, after its own check found nothing wrong."""
     found = {}
     for peer in peers:
-        if peer.name.startswith(("piece_ops", "100 steps", "accumulation")):
+        if peer.role == "ours" and "graph" not in peer.name:
             found[peer.name] = peer.run()
             assert peer.check is None or peer.check(found[peer.name]) is None, peer.name
     return found
@@ -67,15 +70,18 @@ def answers(peers: list[Peer]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: bench.accumulate([100_000], False),
-        lambda: bench.accumulate(SIZES, True),
-        lambda: bench.adamw(SIZES, 100),
-        lambda: bench.slots(SIZES, 100, False),
-        lambda: bench.slots(SIZES, 100, True),
-        lambda: bench.total(100_000),
+        lambda: cuda_lists.accumulate([100_000], False, 10),
+        lambda: cuda_lists.accumulate(SIZES, True, 10),
+        lambda: cuda_lists.accumulate_parts(100_000, (10, 100)),
+        lambda: cuda_lists.adamw(SIZES, 100, []),
+        lambda: cuda_lists.adamw_parts(100_000, 1000, (10, 100)),
+        lambda: cuda_others.slots(SIZES, 100, False),
+        lambda: cuda_others.slots(SIZES, 100, True),
+        lambda: cuda_others.total(100_000),
         lambda: cuda_select_topk.standalone("256 distinct values", 100_000, 100),
+        lambda: cuda_select_topk.standalone("Fisher-like", 100_000, 100),
         lambda: cuda_select_topk.fused(100_000, 100),
-        lambda: cuda_select_topk.many(50, 100_000, 100),
+        lambda: cuda_select_topk.many((10, 50), 100_000, 100),
         lambda: cuda_select_topk.piece_s(100_000, 100),
     ],
 )
@@ -85,37 +91,209 @@ def test_our_answers_are_right(emulated: None, make: Callable[[], list[Peer]]) -
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_host_time_of_a_plan_is_a_number_of_its_line(emulated: None) -> None:
-    (answer,) = answers(bench.host_time(SIZES, 100)).values()
-    assert answer["host_us_a_step"] > 0
+def test_the_host_time_of_a_plan_is_in_milliseconds(emulated: None) -> None:
+    (peer,) = cuda_lists.host_time(SIZES, 100)
+    assert isinstance(peer, HostPeer)
+    assert 0 < peer.run() < 1000
+
+
+def test_topk_of_parts_is_topk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_select_topk, "PART", 1000)
+    x = torch.randn(4321)
+    right = cuda_select_topk.check_flat(x, 50, first_ties=False)
+    assert right(cuda_select_topk.topk_of_parts(x, 50)) is None
+    assert right(torch.arange(50)) is not None
+
+
+# ---- the table --------------------------------------------------------------------------------
 
 
 def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--dry"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len([*bench.rows(), *cuda_select_topk.rows()]) >= 18
-    for line in lines:
-        assert " GB " in line and " ms, predicted " in line, line
+    lines = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("    ")]
+    plans = list(bench.plans())
+    assert len(lines) == len(plans) == len({(plan.op, plan.name) for plan in plans})
+    for line, plan in zip(lines, plans, strict=True):
+        assert "must move" in line or not plan.floor_bytes, line
+        assert " predicted " in line, line
+        assert plan.moved_bytes >= plan.floor_bytes
 
 
-def test_a_failure_is_a_line_and_the_rest_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken() -> Any:
-        raise ValueError("no")
+def ms(name: str, role: harness.Role, milliseconds: float, n_bytes: int = 0) -> Row:
+    return Row(name, role, "ok", n_bytes, [milliseconds])
 
+
+READ, COPY = "one read (torch.amax)", "copy of as many bytes"
+GPU_8E9 = "Gaussian squared, n = 8e+09"
+# What the backend is held to: the case, its n-th target, rows that meet it, one that falls short.
+HELD_TO: dict[str, tuple[str, str, int, list[Row], Row]] = {
+    "accumulate, bytes that must move": (
+        "accumulate_squares_",
+        "1e+09 bfloat16, squares",
+        0,
+        [ms(COPY, "floor", 1.0, 4 * 10**9), ms("piece_ops", "ours", 2.7, 10**10)],
+        ms("piece_ops", "ours", 2.8, 10**10),
+    ),
+    "accumulate, bytes moved": (
+        "accumulate_squares_",
+        "Llama-8B",
+        1,
+        [ms(COPY, "floor", 1.0, 4 * 10**9), ms("piece_ops", "ours", 26.7, 1)],
+        ms("piece_ops", "ours", 26.9, 1),
+    ),
+    "select, one read": (
+        "select_topk",
+        "Gaussian squared, n = 1e+09 float32, k = 0.1 %",
+        0,
+        [ms(READ, "floor", 1.0), ms("piece_ops", "ours", 1.14)],
+        ms("piece_ops", "ours", 1.16),
+    ),
+    "select 8e9, torch.topk of parts": (
+        "select_topk",
+        GPU_8E9,
+        1,
+        [ms(cuda_select_topk.TOPK_PARTS, "peer", 4.1), ms("piece_ops", "ours", 1.0)],
+        ms("piece_ops", "ours", 1.1),
+    ),
+    "fused": (
+        "select_topk",
+        "fused",
+        0,
+        [
+            ms(READ, "floor", 1.0),
+            ms(cuda_select_topk.WITH, "ours", 3.09),
+            ms(cuda_select_topk.WITHOUT, "ours", 3.0),
+            ms(cuda_select_topk.MAXIMA, "ours", 0.1),
+        ],
+        ms(cuda_select_topk.MAXIMA, "ours", 0.12),
+    ),
+    "hostile": (
+        "select_topk",
+        "256 distinct values",
+        0,
+        [ms(READ, "floor", 1.0), ms("piece_ops", "ours", 2.4)],
+        ms("piece_ops", "ours", 2.6),
+    ),
+    "dense AdamW": (
+        "sparse_adamw_",
+        "Llama-8B, k",
+        0,
+        [ms(cuda_lists.DENSE, "peer", 51.0), ms("piece_ops, kept plan", "ours", 1.0)],
+        ms("piece_ops, kept plan", "ours", 1.1),
+    ),
+    "host time": (
+        "sparse_adamw_",
+        "host time",
+        0,
+        [ms("piece_ops, kept plan, a step on the host", "ours", 0.019)],
+        ms("piece_ops, kept plan, a step on the host", "ours", 0.021),
+    ),
+} | {
+    f"10,000 tensors, {op}": (
+        op,
+        "10,000 tensors",
+        0,
+        [ms("10 tensors", "ours", 1.0), ms("10,000 tensors", "ours", 1.2)],
+        ms("10,000 tensors", "ours", 1.4),
+    )
+    for op in ("accumulate_squares_", "select_topk", "sparse_adamw_")
+}
+
+
+def verdict(plan: Plan, number: int, rows: list[Row]) -> str:
+    lines = list(bench_records(plan, rows))
+    targets = [line for line in lines if line["kind"] == "target"]
+    return str(targets[number]["verdict"])
+
+
+def bench_records(plan: Plan, rows: list[Row]) -> Iterator[dict[str, Any]]:
+    return cuda_timing.records(plan.name, plan.case([]), rows)
+
+
+@pytest.mark.parametrize("name", HELD_TO)
+def test_every_promise_has_a_verdict(name: str) -> None:
+    op, words, number, rows, slow = HELD_TO[name]
+    plan = next(p for p in bench.plans() if p.op == op and p.name.startswith(words))
+    assert verdict(plan, number, rows) == "met"
+    slower = [slow if row.peer == slow.peer else row for row in rows]
+    assert verdict(plan, number, slower) == "short"
+    for missing in rows:
+        absent = Row(missing.peer, missing.role, "absent: no", 0)
+        some = [absent if row is missing else row for row in rows]
+        assert verdict(plan, number, some) == "not measured"
+
+
+# ---- a run ------------------------------------------------------------------------------------
+
+
+class FixedClock(cuda_timing.Clock):
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        run()
+        return 2.0
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(cuda_timing, "time_ms", lambda run, repeats: 2.0)
-    peers = [Peer("broken", broken), Peer("fine", lambda: 1), Peer("wrong", int, lambda _: "bad")]
-    rows = [
-        cuda_timing.Row("op", "a", 1, "", broken),
-        cuda_timing.Row("op", "b", 1, "", lambda: peers),
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU at all")
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def run() -> Any:
+        raise error
+
+    return run
+
+
+def plan(name: str, build: Callable[[], list[Peer]]) -> Plan:
+    target = harness.Target("time", harness.time_ratio("fine", "read"), 1.0, at_most=True)
+    return Plan("op", name, 1, 10, [target], build)
+
+
+def test_a_run_is_rows_and_verdicts_that_a_report_can_read(fake_gpu: None, tmp_path: Path) -> None:
+    """A failure is a row, the rest goes on; the JSON is that of the other benchmarks."""
+    peers = [
+        Peer("read", lambda: 1, role="floor"),
+        Peer("fine", lambda: 1, role="ours"),
+        Peer("wrong", int, lambda _: "bad", role="ours"),
+        Peer("broken", failing(ValueError("no")), role="ours"),
+        Peer("too large", failing(RuntimeError("no room\nat all")), role="peer"),
+        Peer("missing", failing(Absent("no header")), role="peer"),
+        HostPeer("host", lambda: 0.25, role="ours"),
     ]
-    assert cuda_timing.run_rows(rows, is_dry=False, repeats=1, out=None) == 1
-    out = capsys.readouterr().out
-    assert out.count("failed: ValueError: ['no']") == 2 and "wrong: bad" in out
-    assert "'peer': 'fine', 'status': 'ok', 'p50_ms': 2.0" in out.replace("'extra_bytes': 0, ", "")
+    plans = [plan("unbuilt", failing(ValueError("no"))), plan("built", lambda: peers)]
+    path = tmp_path / "cuda.jsonl"
+    done = cuda_timing.run_plans(plans, repeats=3, out=path, seconds=60, clock=FixedClock())
+    assert done == 1
+    unbuilt, built = report.load([path]).values()
+    assert [(x["kind"], x.get("status"), x.get("verdict")) for x in unbuilt] == [
+        ("row", "failed: ValueError: no", None),
+        ("target", None, "not measured"),
+    ]
+    rows = {x["peer"]: x for x in built if x["kind"] == "row"}
+    assert {name: x["status"] for name, x in rows.items()} == {
+        "read": "ok",
+        "fine": "ok",
+        "wrong": "wrong: bad",
+        "broken": "failed: ValueError: no",
+        "too large": "absent: RuntimeError: no room",
+        "missing": "absent: Absent: no header",
+        "host": "ok",
+    }
+    assert rows["fine"]["p50_ms"] == 2.0 and rows["fine"]["repeats"] == 3
+    assert rows["host"]["p50_ms"] == 0.25
+    assert [x["verdict"] for x in built if x["kind"] == "target"] == ["met"]
+    page = report.page(report.load([path]))
+    assert "no GPU at all" in page and "op, CUDA: built" in page and "| met |" in page
+
+
+def test_when_the_time_is_spent_the_rest_says_so(fake_gpu: None, tmp_path: Path) -> None:
+    path = tmp_path / "cuda.jsonl"
+    plans = [plan("late", failing(AssertionError("must not be built")))]
+    assert cuda_timing.run_plans(plans, repeats=1, out=path, seconds=0.0) == 0
+    row, target = (json.loads(line) for line in path.read_text().splitlines())
+    assert row["status"] == "absent: the 0 s of this run were spent"
+    assert target["verdict"] == "not measured"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import cuda_cub
 from piece_ops._native import extension
 from piece_ops.backends import _cuda_runtime
 
@@ -74,6 +75,7 @@ def test_imports_without_a_driver_and_says_what_is_missing() -> None:
     """In a process of its own that must not see a GPU."""
     code = """
 import piece_ops
+from bench import cuda_cub
 from piece_ops._native import extension
 module = extension()
 if module.cuda_architectures:
@@ -112,6 +114,17 @@ def test_what_is_built_in_is_named() -> None:
     built = tuple(extension().cuda_architectures)
     if built and "CMAKE_CUDA_ARCHITECTURES" not in os.environ.get("CMAKE_ARGS", ""):
         assert built == (*ARCHITECTURES, "compute_120")
+
+
+@needs_nvcc
+def test_a_peer_of_the_benchmark_compiles(tmp_path: Path) -> None:
+    """cub::DeviceTopK where the toolkit has it, and the words for it being absent where not."""
+    command = cuda_cub.command(str(NVCC), tmp_path / "cub.so", "sm_90")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    library = cuda_cub.load(tmp_path / "cub.so")
+    if not torch.cuda.is_available():
+        assert library.cub_topk_bytes(1000, 10) < 0
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

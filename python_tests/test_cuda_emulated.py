@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from piece_ops import _schema
-from piece_ops.backends import _cuda_runtime, cuda
+from piece_ops.backends import _cuda_runtime, cuda, cuda_select_topk
 from piece_ops.backends._lists import matrix
 from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
@@ -259,6 +260,8 @@ def test_capture(emulated: EmulatedRuntime) -> None:
         cuda.accumulate_squares_([square], [good], [], 1.0)
     with pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
         cuda.gather([good], [torch.tensor([0])])
+    with pytest.raises(RuntimeError, match=r"select_topk: must be called outside a CUDA graph's"):
+        cuda_select_topk.select_topk([good], [], [3], [], "plain", 0.0, 0, "raise", "auto")
     emulated.captures = False
     index = torch.tensor([3])
     cuda.gather([good], [index])
@@ -275,11 +278,86 @@ def test_capture(emulated: EmulatedRuntime) -> None:
     assert square.tolist() == [3.0] * 40
 
 
-def test_tables_are_not_kept_without_end(emulated: Any) -> None:
+def test_tables_are_not_kept_without_end(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes: the last ones stay, and one that is too large alone stays until the next."""
+    tables = _cuda_runtime._tables
     x = torch.ones(4)
-    for n in range(_cuda_runtime.KEPT_TABLES + 10):
-        cuda.total([x] * (n + 1))
-    assert len(_cuda_runtime._tables) == _cuda_runtime.KEPT_TABLES
+    cuda.total([x])
+    one = tables.n_bytes
+    assert one > 0
+    monkeypatch.setattr(_cuda_runtime, "KEPT_BYTES", 20 * one)
+    for n in range(1, 12):
+        cuda.total([x] * n)
+        assert tables.n_bytes <= 20 * one
+    assert len(tables._tables) > 1
+    assert tables.n_bytes == sum(kept.handle.n_bytes for kept in tables._tables.values())
+    cuda.total([x] * 1000)
+    assert len(tables._tables) == 1
+
+
+def test_tables_are_made_by_several_threads_at_once(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As autograd's threads do; few fit, so that they are dropped and made all the time."""
+    place = _cuda_runtime.place_of("total", torch.ones(1))
+
+    class Handle:  # the emulation itself is for one thread
+        def __init__(self, count: int) -> None:
+            self.n_bytes = 8 * count
+
+        def write(self, *_: int) -> None:
+            pass
+
+    monkeypatch.setattr(_cuda_runtime, "KEPT_BYTES", 2000)
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for n in range(300):
+                count = 1 + (n * 7 + seed) % 23
+                table = _cuda_runtime.table_of(place, lambda sizes: Handle(len(sizes)), [4] * count)
+                assert table.handle.n_bytes == 8 * count
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors, errors[0]
+    tables = _cuda_runtime._tables
+    assert tables.n_bytes == sum(kept.handle.n_bytes for kept in tables._tables.values())
+
+
+@pytest.mark.parametrize("score", ["bogus", "random"])
+def test_an_unknown_score_of_maxima(emulated: Any, score: str) -> None:
+    x = torch.ones(40)
+    with pytest.raises(ValueError, match=rf"accumulate_squares_: score must be .*{score}"):
+        cuda.accumulate_squares_and_maxima_([x], [x], [], 1.0, [torch.ones(2)], score)
+    assert x.tolist() == [1.0] * 40
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capabilities"),
+    [
+        ("80-real,90-real,100-real,120", {80, 86, 89, 90, 100, 103, 120, 121, 130}),
+        ("90-real", {90}),
+        ("90-virtual", {90, 100, 103, 120, 121, 130}),
+        ("90a-real", {90}),
+        ("100f", {100, 103}),
+        ("native", set()),
+        ("", set()),
+    ],
+)
+def test_what_runs_where(extension: ModuleType, architectures: str, capabilities: set[int]) -> None:
+    known = (75, 80, 86, 89, 90, 100, 103, 120, 121, 130)
+    assert {c for c in known if extension.runs_on(architectures, c)} == capabilities
 
 
 def test_every_op_has_a_cuda_implementation() -> None:

@@ -57,21 +57,42 @@ def test_the_contract_holds_in_the_interpreter() -> None:
     assert calls and int(calls[1]) > 400, done.stdout[-3000:]
 
 
+def test_maxima_in_the_interpreter() -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.interpreted_maxima"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "maxima are right" in done.stdout
+
+
 def compiled(
     architecture: int,
     tiling: module.Tiling,
     dtype: str,
     precision: str,
     both: bool,
+    maxima: str,
     tmp_path: Path,
 ) -> Resources:
     types = {"square_sums": "*fp32", "sums": "*fp32", "scales": "*fp32", "steps": "*i64"}
+    types["maxima"] = "*fp32"
     types |= {"grad_output": f"*{dtype}", "input": f"*{dtype}"}
     types |= dict.fromkeys(("out_features", "in_features", "grad_stride", "input_stride"), "i32")
     constants: dict[str, Any] = {
         "HAS_SQUARE_SUMS": True,
         "HAS_SUMS": both,
         "HAS_SCALES": True,
+        "MAXIMA": maxima,
         "UPCAST": False,
         "PRECISION": precision,
         "BLOCK_TOKENS": 32 if dtype == "fp32" else 64,
@@ -80,14 +101,30 @@ def compiled(
     kernel = module.accumulate_per_sample_squares_kernel
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     return compile_for(
-        architecture, kernel, {**types, "n_steps": "i32"}, constants, tmp_path, types, **options
+        architecture,
+        kernel,
+        {**types, "n_steps": "i32", "constant": "fp32"},
+        constants,
+        tmp_path,
+        types,
+        **options,
     )
 
 
-def check(architecture: int, dtype: str, precision: str, tmp_path: Path, first: bool) -> None:
+def check(
+    architecture: int,
+    dtype: str,
+    precision: str,
+    tmp_path: Path,
+    *,
+    first: bool,
+    maxima: bool = True,
+) -> None:
+    """Of one tiling or all; with the epilogue that leaves maxima, which needs more registers."""
     for both, tilings in ((False, module.TILINGS), (True, module.TILINGS_WITH_BOTH)):
         for tiling in tilings[:1] if first else tilings:
-            got = compiled(architecture, tiling, dtype, precision, both, tmp_path)
+            kind = ("piece-s" if both else "plain") if maxima else ""
+            got = compiled(architecture, tiling, dtype, precision, both, kind, tmp_path)
             what = f"sm_{architecture} {dtype} {precision} {tiling} {both}: {got[:3]}"
             assert got.spilled == 0, what
             assert got.shared <= SHARED_BYTES[architecture], what
@@ -118,7 +155,8 @@ def test_compiles_for_every_architecture_without_spilling(
 def test_everything_compiles_for_everything(
     architecture: int, dtype: str, precision: str, tmp_path: Path
 ) -> None:
-    check(architecture, dtype, precision, tmp_path, first=False)
+    for maxima in (False, True):
+        check(architecture, dtype, precision, tmp_path, first=False, maxima=maxima)
 
 
 def test_without_triton_the_call_says_what_to_get(monkeypatch: pytest.MonkeyPatch) -> None:

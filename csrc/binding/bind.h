@@ -1,5 +1,4 @@
-// bind.h - the parts of the module. The CUDA ops' part is also bound over emulated kernels, for the
-// tests.
+// bind.h - the parts of the module. That of the CUDA ops is also bound over emulated kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -20,13 +20,6 @@ namespace piece_ops::binding {
 
 namespace {
 
-Context cuda_context(int device, uint64_t stream) {
-  Context context;
-  context.device = device;
-  context.stream = reinterpret_cast<void*>(stream);
-  return context;
-}
-
 DeviceTable on_device(const Table& table, int64_t address) {
   return {reinterpret_cast<const int64_t*>(address), table.count, table.tiles};
 }

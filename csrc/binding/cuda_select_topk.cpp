@@ -86,7 +86,7 @@ class SelectTopkCall {
   void launch(int64_t scope, int way, int64_t table, int64_t check, int64_t scratch,
               int64_t reports, int64_t indices, int64_t counts, int device, uint64_t stream) const {
     const int64_t row = by_tensor_ ? scope * cuda::topk_row_words() : 0;
-    cuda::select_topk(context(device, stream), scope_args(scope, indices, counts), maxima(),
+    cuda::select_topk(cuda_context(device, stream), scope_args(scope, indices, counts), maxima(),
                       checked_way(way), reinterpret_cast<const int64_t*>(table) + row,
                       reinterpret_cast<const int64_t*>(check), reinterpret_cast<void*>(scratch),
                       reinterpret_cast<cuda::TopkReport*>(reports) + scope);
@@ -97,21 +97,14 @@ class SelectTopkCall {
     SelectTopkArgs args = args_;
     args.indices = reinterpret_cast<int64_t*>(indices);
     args.counts = reinterpret_cast<int64_t*>(counts);
-    cuda::select_topk_small(context(device, stream), args, reinterpret_cast<const int64_t*>(table),
-                            reinterpret_cast<const int64_t*>(check),
-                            reinterpret_cast<cuda::TopkReport*>(reports));
+    cuda::select_topk_small(
+        cuda_context(device, stream), args, reinterpret_cast<const int64_t*>(table),
+        reinterpret_cast<const int64_t*>(check), reinterpret_cast<cuda::TopkReport*>(reports));
   }
 
  private:
-  static Context context(int device, uint64_t stream) {
-    Context context;
-    context.device = device;
-    context.stream = reinterpret_cast<void*>(stream);
-    return context;
-  }
   static cuda::TopkWay checked_way(int way) {
-    PIECE_OPS_CHECK(way >= 0 && way <= static_cast<int>(cuda::TopkWay::kDigits),
-                    "piece_ops._C: unknown way ", way);
+    PIECE_OPS_CHECK(way >= 0 && way < cuda::kTopkWayCount, "piece_ops._C: unknown way ", way);
     return static_cast<cuda::TopkWay>(way);
   }
   const float* const* maxima() const { return maxima_.empty() ? nullptr : maxima_.data(); }

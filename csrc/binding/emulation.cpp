@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bind.h"
+#include "piece_ops/core/architectures.h"
 #include "simt/simt.h"
 
 namespace py = pybind11;
@@ -19,4 +20,7 @@ PYBIND11_MODULE(_emulation, m) {
     simt::watch(reinterpret_cast<void*>(address), bytes);
   });
   m.def("touched_pages", &simt::touched_pages);
+  m.def("runs_on", [](const std::string& architectures, int capability) {
+    return piece_ops::any_runs_on(piece_ops::parse_architectures(architectures), capability);
+  });
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "piece_ops/core/check.h"
+#include "piece_ops/core/context.h"
 #include "piece_ops/core/view.h"
 
 namespace piece_ops::binding {
@@ -45,6 +46,13 @@ inline std::vector<float*> make_pointers(const Ints& addresses) {
   for (size_t t = 0; t < addresses.size(); ++t)
     pointers[t] = reinterpret_cast<float*>(addresses[t]);
   return pointers;
+}
+
+inline Context cuda_context(int device, uint64_t stream) {
+  Context context;
+  context.device = device;
+  context.stream = reinterpret_cast<void*>(stream);
+  return context;
 }
 
 // Address, elements from row to row, columns, dtype.

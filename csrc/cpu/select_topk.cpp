@@ -22,7 +22,7 @@
 //            change who finds it.
 // Limits     2^63 - 1 elements, any number of tensors.
 // Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17,
-// 2012.
+//            2012.
 #include "piece_ops/ops/select_topk.h"
 
 #include <atomic>

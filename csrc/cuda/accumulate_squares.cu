@@ -11,11 +11,11 @@
 //            (views cut at different offsets), one element a lane, coalesced. The look-ahead is
 //            what "nothing is added" costs: an addition in floating point cannot be taken back.
 // Maxima     lanes 4 c .. 4 c + 3 hold chunk c of 32 elements: two shuffles and one store of 4
-// bytes. Traffic    bfloat16, squares only: read 2 (look) + 2 + 4, write 4 = 12 bytes an element;
-// with sums
-//            20; maxima 0.125 more. Bound: memory. Predicted on an H200 (look 4.3 TB/s, add 4.0):
-//            1e9 elements 3.0 ms, Llama-8B (8.03e9) 24 ms; gradients that fit in the 50 MB L2 are
-//            read from memory once.
+//            bytes.
+// Traffic    bfloat16, squares only: read 2 (look) + 2 + 4, write 4 = 12 bytes an element; with
+//            sums 20; maxima 0.125 more. Bound: memory. Predicted on an H200 (look 4.3 TB/s, add
+//            4.0): 1e9 elements 3.0 ms, Llama-8B (8.03e9) 24 ms; gradients that fit in the 50 MB L2
+//            are read from memory once.
 // Scratch    the table and 16 bytes.  Determinism  bitwise, any grid: elements are independent.
 // Limits     none on sizes or the number of tensors.
 #include "element.h"
@@ -38,8 +38,7 @@ constexpr int kCodes = 5;  // dtype of the grad | of second << 8 | elements befo
 constexpr int kColumns = 6;
 constexpr int64_t kNoVectors = 0xff;  // instead of that number: addresses never align together
 
-// ---- the look
-// ------------------------------------------------------------------------------------
+// ---- the look -----------------------------------------------------------------------------------
 
 template <class Element>
 __device__ __forceinline__ bool is_not_finite(typename Element::Bits bits) {
@@ -90,8 +89,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   });
 }
 
-// ---- the addition
-// --------------------------------------------------------------------------------
+// ---- the addition -------------------------------------------------------------------------------
 
 struct Chunks {
   Score score;
@@ -252,8 +250,7 @@ __global__ void __launch_bounds__(kThreads, kHasMaxima ? 3 : 4)
   });
 }
 
-// ---- launcher
-// ------------------------------------------------------------------------------------
+// ---- launcher -----------------------------------------------------------------------------------
 
 // Elements before the first one at which all addresses are multiples of 16. A tile has a multiple
 // of 8 elements, so this holds for every tile of the tensor.

@@ -6,9 +6,9 @@
 // Indices  Each position is read once (and once more as its successor's neighbour, from L1), in
 //          tiles of 1024: 8 bytes a slot, 16 us for 8 M on an H200 (predicted). The first wrong one
 //          wins by an atomic minimum, so the report does not depend on timing.
-#include <cstdlib>
 #include <limits>
 
+#include "piece_ops/core/architectures.h"
 #include "piece_ops/ops/device.h"
 #include "slots.h"
 #include "tiles.h"
@@ -21,8 +21,7 @@ namespace piece_ops::cuda {
 
 namespace {
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 template <int kCount>
 struct Words {
@@ -52,8 +51,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   });
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
 template <int kCount>
 int64_t write_some(const Context& context, const Table& table, int64_t done, int64_t* to) {
@@ -65,34 +63,16 @@ int64_t write_some(const Context& context, const Table& table, int64_t done, int
   return n;
 }
 
-struct Architecture {
-  int number;  // 10 * major + minor, or 100 and more: 10 * major + minor too (100 = 10.0)
-  bool is_ptx;
-};
-
-// "80-real;90-real;120" as CMake has it: -real machine code, -virtual PTX, neither: both.
-std::vector<Architecture> parse_architectures(const std::string& list) {
-  std::vector<Architecture> found;
-  for (size_t begin = 0; begin < list.size();) {
-    size_t end = list.find_first_of(";,", begin);
-    if (end == std::string::npos) end = list.size();
-    const std::string item = list.substr(begin, end - begin);
-    const int number = std::atoi(item.c_str());
-    if (number > 0 && item.find("-virtual") == std::string::npos) found.push_back({number, false});
-    if (number > 0 && item.find("-real") == std::string::npos) found.push_back({number, true});
-    begin = end + 1;
-  }
-  return found;
-}
+bool is_emulated() { return std::string(PIECE_OPS_CUDA_ARCHITECTURES) == "emulated"; }
 
 }  // namespace
 
 std::vector<std::string> built_architectures() {
   std::vector<std::string> names;
   for (const Architecture& built : parse_architectures(PIECE_OPS_CUDA_ARCHITECTURES)) {
-    names.push_back((built.is_ptx ? "compute_" : "sm_") + std::to_string(built.number));
+    names.push_back(built.name());
   }
-  if (names.empty()) names.emplace_back("emulated");
+  if (is_emulated()) names.emplace_back("emulated");
   return names;
 }
 
@@ -110,22 +90,15 @@ void require_device(int device) {
   PIECE_OPS_CUDA_CHECK(error);
   PIECE_OPS_CHECK(device >= 0 && device < count, "piece_ops: the CUDA device must be in 0..",
                   count - 1, ", got ", device);
-  const std::vector<Architecture> built = parse_architectures(PIECE_OPS_CUDA_ARCHITECTURES);
   int major = 0;
   int minor = 0;
   PIECE_OPS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   PIECE_OPS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   const int capability = 10 * major + minor;
-  bool fits = built.empty();
-  std::string names;
-  for (const std::string& name : built_architectures()) names += " " + name;
-  for (const Architecture& architecture : built) {
-    // Machine code runs on its own major version from its minor on; PTX on anything later.
-    fits |= architecture.is_ptx
-                ? capability >= architecture.number
-                : architecture.number / 10 == major && architecture.number % 10 <= minor;
-  }
-  if (!fits) {
+  if (!is_emulated() &&
+      !any_runs_on(parse_architectures(PIECE_OPS_CUDA_ARCHITECTURES), capability)) {
+    std::string names;
+    for (const std::string& name : built_architectures()) names += " " + name;
     fail(ErrorKind::kCuda, "piece_ops: this build has CUDA code for", names, ", but device ",
          device, " is sm_", capability,
          "; build with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=", capability);

@@ -38,6 +38,34 @@ namespace piece_ops::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The last t of 0 .. count - 1 with start(t) <= position, for starts that do not decrease, the first
+// of which is not above it. Of tensors that start at one place it is the last, which is not empty.
+template <class Start>
+__device__ __forceinline__ int64_t last_start(int64_t count, int64_t position, Start start) {
+  int64_t low = 0;
+  int64_t high = count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (start(middle) <= position) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The sum over this lane and the lanes below it.
+template <class T>
+__device__ __forceinline__ T warp_scan(T own, int lane) {
+#pragma unroll
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    const T lower = __shfl_up_sync(kAllLanes, own, delta);
+    if (lane >= delta) own += lower;
+  }
+  return own;
+}
+
 [[noreturn]] inline void fail_cuda(cudaError_t error, const char* what, const char* file,
                                    int line) {
   // Not left behind for the next call that asks (a sticky error stays all the same).

@@ -15,13 +15,12 @@
 //            instead would save its way through L2, but a row of 14336 columns leaves room for 7
 //            tokens, and random columns meet in the banks.
 // Traffic    bfloat16, a product: 2 bytes of the panel from L2, 2 of shared memory. The matrices
-// are
-//            read once, input is written and read once more. Predicted on an H200 for all Linears
-//            of Llama-8B, 8192 tokens, 0.1 %: 6.6e10 products, 131 GB from L2 at 5.5 TB/s 24 ms,
-//            and 86 GB at 4.0 TB/s 21 ms (less where the panel stays in L2): 45 ms, where the dense
-//            GEMMs take 188 ms at 700 TFLOP/s. A product costs about as much as 130 of a GEMM's, so
-//            that the GEMM is the better choice from a density of about 0.8 % (float32 without
-//            tensor cores: 10 %). This backend does not change over: a GEMM has other bits.
+//            are read once, input is written and read once more. Predicted on an H200 for all
+//            Linears of Llama-8B, 8192 tokens, 0.1 %: 6.6e10 products, 131 GB from L2 at 5.5 TB/s
+//            24 ms, and 86 GB at 4.0 TB/s 21 ms (less where the panel stays in L2): 45 ms, where
+//            the dense GEMMs take 188 ms at 700 TFLOP/s. A product costs about as much as 130 of a
+//            GEMM's, so that the GEMM is the better choice from a density of about 0.8 % (float32
+//            without tensor cores: 10 %). This backend does not change over: a GEMM has other bits.
 // Scratch    512 bytes a column of input (1024 of float32) and 4 an index, for each block.
 // Determinism  bitwise, any grid.
 // Limits     indices were checked before. 2^31 thread blocks.
@@ -45,8 +44,7 @@ struct alignas(16) Tile16 {
   Bits rows[kTileColumns][kBlock + 16 / sizeof(Bits)];
 };
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 // All threads of the block. data: the tile's first token and column; zeros where the matrix has no
 // such token or column. A warp reads 8 columns of 4 tokens and writes 32 different banks.
@@ -169,8 +167,7 @@ __global__ void __launch_bounds__(kThreads)
   values[s] = value;
 }
 
-// ---- launcher
-// ------------------------------------------------------------------------------------
+// ---- launcher -----------------------------------------------------------------------------------
 
 template <class Body>
 void with_type(DType dtype, Body body) {

@@ -1,8 +1,7 @@
 // scatter.cu - target[indices[s]] = values[s] over many tensors; nothing else is written.
 //
 // What       docs/contracts.md, scatter_. Copies bits where the dtypes agree, else rounds float32
-// to
-//            nearest even (math/rounding.h).
+//            to nearest even (math/rounding.h).
 // Algorithm  one launch; one warp takes tiles of 1024 slots; a lane reads 4 positions, then moves 4
 //            values. (All 4 values before the first store cost 24 registers on sm_90 and half the
 //            warps on sm_100; nobody waits for a store.) Positions differ, so no two lanes write

@@ -1,33 +1,31 @@
-// select_topk.cu - the k largest of all scores in a list of tensors, exactly: the sequence of
-// launches.
+// select_topk.cu - the k largest of all scores in a list of tensors, exactly: the launches in turn.
 //
 // What       larger score first, equal scores by smaller position in the caller's order; NaN is
 //            reported, or ranks below -inf; -0 equals +0 (docs/contracts.md#select_topk). The same
 //            bits as csrc/cpu/select_topk.cpp.
 // Algorithm  1. bound (select_topk_bound.cu): a lower bound of the k-th largest,
-//               kSample  guessed from a sample of one score in 4096: about 1.2 k scores exceed it;
-//               kMaxima  proven by the digits of the maxima of every 32 scores;
-//               kDigits  proven by the digits of all scores (radix select), 12 bits, then 10 and
-//               10, until
-//                        few enough share the prefix or the key is complete.
+//               kSample    guessed from a sample of one score in 4096: about 1.2 k exceed it;
+//               kMaxima    proven by the digits of the maxima of every 32 scores;
+//               kResample  guessed again, from four times as many scores elsewhere, with twice the
+//                          margin: what misled the first sample does not mislead this one;
+//               kDigits    proven by the digits of all scores (radix select), 12 bits, then 10 and
+//                          10, until few enough share the prefix or the key is complete.
 //            2. filter (select_topk_filter.cu): one read; keeps (key, slot) above the bound, counts
-//            what
-//               equals it, so data with few distinct values costs no more than any other. Where
-//               maxima are known (select_topk_sparse.cu) only the chunks that reach the bound are
-//               read.
+//               what equals it, so data with few distinct values costs no more than any other.
+//               Where maxima are known (select_topk_sparse.cu) only the chunks that reach the bound
+//               are read.
 //            3. verify: kept + ties >= k, and kept within its room; else the report says "missed"
-//            and the
-//               caller tries the next way. kDigits cannot miss.
+//               and the caller tries the next way. kDigits cannot miss.
 //            4. finish: the exact k-th largest of the kept, by digits, in L2; then positions, tile
-//            by
-//               tile, in order (select_topk_emit.cu).
+//               by tile, in order (select_topk_emit.cu).
 //            A dense selection (k > n / 4) keeps nothing: all digits, one read that counts, one
 //            that writes. Everything is launched at once; a step that is not needed returns at
 //            once. The host synchronises when it reads the report, once for each way tried.
 // Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read:
 //               kSample           4.10   reads 1.02     1e9 1.01 ms    8e9 7.8 ms
-//               kSample, maxima   0.30   reads 0.08     1e9 0.13 ms    8e9 0.8 ms
+//               kSample, maxima   0.29   reads 0.07     1e9 0.13 ms    8e9 0.8 ms   (3e7: 0.44)
 //               kMaxima           0.65   reads 0.16     1e9 0.25 ms    8e9 1.5 ms
+//               kResample         4.15   reads 1.04     1e9 1.02 ms    8e9 7.9 ms
 //               kDigits           8.1    reads 2 to 4   1e9 2.0 ms     8e9 15.5 ms
 //               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
 //            Bound: HBM; some 20 launches, about 0.05 ms in all, rule below 5e7 scores.
@@ -35,19 +33,14 @@
 //            on the emulation (pages each launch touches; 1e6 scores, k = 0.1 %): all equal 1.00,
 //            99 % zeros 1.00, 5 values 1.01, 256 values 1.25, and the sample.
 //            A missed sample (one selection in a thousand, or scores arranged against it) costs its
-//            read and then kDigits: 3 reads if the bound was too high, 4 if too low (counted). A
-//            histogram of the first digit in the filter would spare the second of these, and cost
-//            all the others: 16 KB of shared memory a block of a kernel that is held to 5 blocks a
-//            multiprocessor, and, with the bound too low, an atomic for nearly every score, where
-//            now a vote for each 128 scores does.
+//            read and kResample: 2 reads and both samples (counted). Only scores arranged against
+//            both come to kDigits.
 // Scratch    6 (float64: 10) bytes for each of room = min(n, 2 k + n / 128 + 4096) kept scores, 32
-// to 40
-//            a tile of 4096 (maxima: 32768), 4 (8) a sampled score, 33 KB: 0.07 bytes a score at
-//            k = 0.1 %. Caller-owned.
+//            to 40 a tile of 4096 (maxima: 32768), 4 (8) a sampled score, 33 KB: 0.07 bytes a score
+//            at k = 0.1 %. Caller-owned.
 // Determinism  integer counts; order by tiles. Blocks never wait for one another.
 // Limits     2^63 - 1 elements; 2^31 - 1 tensors; tensors in any alignment; sm_80 and later.
-// Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17,
-// 2012;
+// Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17, 2012;
 //            maxima: Dr. Top-k, SC'21.
 #include <algorithm>
 #include <cmath>
@@ -63,8 +56,7 @@ namespace {
 static_assert(sizeof(TopkRow) % sizeof(int64_t) == 0, "rows are whole words");
 constexpr int64_t kRowWords = sizeof(TopkRow) / sizeof(int64_t);
 
-// ---- the table
-// -----------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 int64_t pad_of(const void* data, DType dtype) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16) / size_of(dtype);
@@ -112,8 +104,7 @@ void append(const TopkRow& row, Table* table) {
   table->words.insert(table->words.end(), words, words + kRowWords);
 }
 
-// ---- sizes
-// ---------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 struct Sizes {
   int64_t n = 0;
@@ -140,29 +131,38 @@ Sizes measure(const SelectTopkArgs& args, const float* const* maxima) {
   return sizes;
 }
 
-// One sampled score in 4096; more of a smaller array (8192 in all), more rarely past 2^31.
-TopkStrata make_strata(int64_t n) {
+// One sampled score in 4096; more of a smaller array (8192 in all), more rarely past 2^31. The
+// second sample has four times as many, elsewhere.
+TopkStrata make_strata(int64_t n, TopkWay way) {
   TopkStrata strata{};
   strata.length = std::max(std::min<int64_t>(std::max<int64_t>(n / 8192, 16), 4096), n >> 19);
+  if (way == TopkWay::kResample) {
+    strata.length /= 4;
+    strata.salt = 0xd1b54a32d192ed03ull;
+  }
   strata.count = (n + strata.length - 1) / strata.length;
   return strata;
 }
 
 // The rank in the sample that about k scores and a margin reach: three standard deviations of the
-// count and 4, so that fewer than one selection in 1000 misses. 0: the whole sample is not enough.
-int64_t sample_rank(int64_t k, int64_t n, int64_t sampled) {
+// count and 4, so that fewer than one selection in 1000 misses; of the second sample twice and four
+// times that. 0: the whole sample is not enough.
+int64_t sample_rank(int64_t k, int64_t n, TopkWay way) {
+  const int64_t sampled = make_strata(n, way).count;
   const double expected =
       static_cast<double>(k) * static_cast<double>(sampled) / static_cast<double>(n);
-  const double rank = std::ceil(expected + 3.0 * std::sqrt(expected) + 4.0);
+  const double wider = way == TopkWay::kResample ? 2.0 : 1.0;
+  const double rank = std::ceil(expected + wider * (3.0 * std::sqrt(expected) + wider * 4.0));
   return rank >= static_cast<double>(sampled) ? 0 : static_cast<int64_t>(rank);
 }
+
+bool is_sampled(TopkWay way) { return way == TopkWay::kSample || way == TopkWay::kResample; }
 
 int64_t spare_of(int64_t n) { return n / 128 + 4096; }
 
 bool is_dense(const SelectTopkArgs& args, int64_t n) { return args.k > n / 4 && n > kSmallTopk; }
 
-// The maxima help only float32 arithmetic on stored statistics, and a bound that is above
-// something.
+// The maxima help float32 arithmetic on stored statistics only, and a bound above something.
 bool uses_maxima(const SelectTopkArgs& args, const float* const* maxima, const Sizes& sizes,
                  TopkWay way) {
   if (maxima == nullptr || args.score == Score::kRandom || args.first[0].dtype == DType::kFloat64) {
@@ -170,7 +170,8 @@ bool uses_maxima(const SelectTopkArgs& args, const float* const* maxima, const S
   }
   switch (way) {
     case TopkWay::kSample:
-      return sample_rank(args.k, sizes.n, make_strata(sizes.n).count) > 0;
+    case TopkWay::kResample:
+      return sample_rank(args.k, sizes.n, way) > 0;
     case TopkWay::kMaxima:
       // k + excluded chunks reach the bound, hence k candidates do.
       return args.k + sizes.excluded <= sizes.maxima;
@@ -179,8 +180,7 @@ bool uses_maxima(const SelectTopkArgs& args, const float* const* maxima, const S
   }
 }
 
-// ---- scratch
-// -------------------------------------------------------------------------------------
+// ---- scratch ------------------------------------------------------------------------------------
 
 // Hands out 16-byte aligned pieces of the caller's memory; from null it only counts.
 class Carver {
@@ -243,7 +243,7 @@ Scratch<K> make_scratch(const SelectTopkArgs& args, const float* const* maxima, 
     s.maxima.slots = kTileSlots;
     s.maxima.tile_tensors = carver.take<int32_t>(s.maxima.tiles);
   }
-  if (way == TopkWay::kSample) s.sample = carver.take<K>(make_strata(sizes.n).count);
+  if (is_sampled(way)) s.sample = carver.take<K>(make_strata(sizes.n, way).count);
 
   s.found.k = args.k;
   s.found.store = store;
@@ -263,8 +263,7 @@ Scratch<K> make_scratch(const SelectTopkArgs& args, const float* const* maxima, 
   return s;
 }
 
-// ---- the sequence
-// --------------------------------------------------------------------------------
+// ---- the sequence -------------------------------------------------------------------------------
 
 TopkLaunch make_launch(const Context& context, const SelectTopkArgs& args) {
   TopkLaunch to{};
@@ -291,9 +290,9 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
   PIECE_OPS_CUDA_CHECK(cudaMemsetAsync(base, 0, static_cast<size_t>(s.zeroed_bytes), to.stream));
 
   // 1. the bound
-  if (way == TopkWay::kSample) {
-    const TopkStrata strata = make_strata(s.table.n);
-    const int64_t rank = sample_rank(args.k, s.table.n, strata.count);
+  if (is_sampled(way)) {
+    const TopkStrata strata = make_strata(s.table.n, way);
+    const int64_t rank = sample_rank(args.k, s.table.n, way);
     launch_prepare(to, s.table, s.bound, rank);
     if (rank > 0) {
       launch_sample(to, s.table, strata, s.sample);
@@ -327,19 +326,20 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
 
 }  // namespace
 
-// ---- launchers
-// -----------------------------------------------------------------------------------
+// ---- launchers ----------------------------------------------------------------------------------
 
 std::vector<TopkWay> topk_ways(const SelectTopkArgs& args, const float* const* maxima) {
   const Sizes sizes = measure(args, maxima);
   std::vector<TopkWay> ways;
   const bool by_maxima = uses_maxima(args, maxima, sizes, TopkWay::kMaxima);
   const bool dense = is_dense(args, sizes.n);
-  if (args.algorithm == TopkAlgorithm::kFilter ||
-      (args.algorithm == TopkAlgorithm::kAuto && !dense)) {
-    ways.push_back(TopkWay::kSample);
-  }
+  const bool samples = args.algorithm == TopkAlgorithm::kFilter ||
+                       (args.algorithm == TopkAlgorithm::kAuto && !dense);
+  if (samples) ways.push_back(TopkWay::kSample);
   if (by_maxima && !dense) ways.push_back(TopkWay::kMaxima);
+  if (samples && sample_rank(args.k, sizes.n, TopkWay::kResample) > 0) {
+    ways.push_back(TopkWay::kResample);
+  }
   ways.push_back(TopkWay::kDigits);
   return ways;
 }

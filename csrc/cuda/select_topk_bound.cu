@@ -1,9 +1,7 @@
-// select_topk_bound.cu - searches for the rank-th largest key: of a sample, of the kept, of all
-// scores.
+// select_topk_bound.cu - searches for the rank-th largest key of a sample, the kept, or all scores.
 //
 // What       A lower bound of the k-th largest score (guessed from a sample, or proven by the
-// digits of
-//            all scores or of the maxima), and the exact k-th largest of the kept.
+//            digits of all scores or of the maxima), and the exact k-th largest of the kept.
 // Algorithm  prepare: which tensor each tile belongs to, where its excluded entries begin (binary
 //            searches, a thread a tile); the search's first rank.
 //            sample: a thread a stratum; one element at a hashed place, so no stride that data
@@ -14,16 +12,16 @@
 //            Histograms live in shared memory, 32-bit counters for each block, merged (bins that
 //            are not zero) into 64-bit ones; a block merges before 2^31 of its own counts.
 // Traffic    sample 32 bytes a stratum (a sector): 0.2 % of float32. A digit over all scores: one
-// read
-//            of them; over a list: 4 (8) bytes an entry, from L2. Merge: at most 8 bytes a bin a
-//            block. Bound: HBM for scores, launch latency (some 5 us a digit) for lists. H200
-//            at 4.3 TB/s, float32: a digit of 1e9 scores 0.93 ms, of 8e9 7.5 ms; the sample and its
+//            read of them; over a list: 4 (8) bytes an entry, from L2. Merge: at most 8 bytes a bin
+//            a block. Bound: HBM for scores, launch latency (some 5 us a digit) for lists. H200 at
+//            4.3 TB/s, float32: a digit of 1e9 scores 0.93 ms, of 8e9 7.5 ms; the sample and its
 //            search together about 0.02 ms for both.
-// Scratch    8 * 4096 bytes of histogram; the sample: 4 (8) bytes for each of at most 2^20 strata.
+// Scratch    8 * 4096 bytes of histogram; the sample: 4 (8) bytes for each of at most 2^20 strata
+//            (the second: 2^22).
 // Determinism  integer counts only: sums do not depend on their order.
 // Limits     float32 keys take 3 digits (12, 10, 10 bits), float64 keys 6 (12, 12, 4 of 10).
 // Source     digits: Alabi et al., JEA 17, 2012; filter and histogram in one read: AIR top-k,
-// SC'23.
+//            SC'23.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {
@@ -51,21 +49,12 @@ __global__ void __launch_bounds__(256)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        tile < table.tiles; tile += stride) {
-    int64_t low =
-        0;  // the last tensor whose first tile is not after this one; empty ones have none
-    int64_t high = table.count;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      if (table.first_tile(middle) <= tile) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    table.tile_tensors[tile] = static_cast<int32_t>(low);
+    const int64_t tensor =
+        last_start(table.count, tile, [&](int64_t t) { return table.first_tile(t); });
+    table.tile_tensors[tile] = static_cast<int32_t>(tensor);
     if (table.exclude_starts == nullptr) continue;
-    const TopkRow& row = table.rows[low];
-    const int64_t begin = table.tile_begin(tile, low);
+    const TopkRow& row = table.rows[tensor];
+    const int64_t begin = table.tile_begin(tile, tensor);
     int64_t first = 0;
     int64_t last = row.exclude_n;
     while (first < last) {
@@ -86,7 +75,7 @@ __global__ void __launch_bounds__(256)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; s < strata.count;
        s += stride) {
-    uint64_t h = static_cast<uint64_t>(s) * 0x9e3779b97f4a7c15ull;
+    uint64_t h = (static_cast<uint64_t>(s) * 0x9e3779b97f4a7c15ull) ^ strata.salt;
     h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull;
     const int64_t begin = s * strata.length;
     const int64_t left = table.n - begin;
@@ -94,17 +83,8 @@ __global__ void __launch_bounds__(256)
     const int64_t position = begin + static_cast<int64_t>(((h >> 32) * own) >> 32);
     // The last tensor that starts at or before the position holds it: an empty one that starts
     // there comes before.
-    int64_t low = 0;
-    int64_t high = table.count;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      if (table.rows[middle].start <= position) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    const TopkRow& row = table.rows[low];
+    const TopkRow& row = table.rows[last_start(
+        table.count, position, [&](int64_t tensor) { return table.rows[tensor].start; })];
     const int64_t i = position - row.start;
     K key = to_key(score_at<kInput>(row, formula, i));
     if (row.exclude_n && is_listed(row.exclude, 0, row.exclude_n, i)) key = 0;
@@ -112,8 +92,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- one digit
-// -------------------------------------------------------------------------------------
+// ---- one digit ----------------------------------------------------------------------------------
 
 // Which digit, and of which keys.
 template <class K>
@@ -243,12 +222,7 @@ __global__ void __launch_bounds__(kPickThreads)
     if (top - b >= 0) histogram[top - b] = 0;
     own += counts[b];
   }
-  unsigned long long upto = own;
-#pragma unroll
-  for (int delta = 1; delta < kWarp; delta *= 2) {
-    const unsigned long long lower = __shfl_up_sync(kAllLanes, upto, delta);
-    if (lane >= delta) upto += lower;
-  }
+  unsigned long long upto = warp_scan(own, lane);
   if (lane == kWarp - 1) warp_sums[warp] = upto;
   __syncthreads();  // the warps' sums are there; and everybody has read *search
   for (int w = 0; w < warp; ++w) upto += warp_sums[w];
@@ -274,8 +248,7 @@ int64_t blocks_for(int64_t work, int64_t per_block, int64_t most) {
 
 }  // namespace
 
-// ---- launchers
-// -------------------------------------------------------------------------------------
+// ---- launchers ----------------------------------------------------------------------------------
 
 template <class K>
 void launch_prepare(const TopkLaunch& to, const TopkTable& table, TopkSearch<K>* search,

@@ -1,29 +1,24 @@
 // select_topk_emit.cu - from the kept and the threshold to positions, in the caller's order.
 //
 // What       indices[0 .. k): what is above the threshold, and the first ties in the caller's
-// order;
-//            counts for each tensor; the report.
+//            order; counts for each tensor; the report.
 // Algorithm  1. share: 8 lanes a tile count what of its kept is above the threshold and what equals
-// it
-//               (if the threshold is the bound, the filter's counts say so); a block has 256 tiles
-//               and writes their sum.
+//               it (if the threshold is the bound, the filter's counts say so); a block has 256
+//               tiles and writes their sum.
 //            2. scan: one block turns the sums of all groups into what comes before each; ties at
-//            the
-//               threshold that are needed: quota = k - all above.
+//               the threshold that are needed: quota = k - all above.
 //            3. emit: a block scans its 256 tiles: a tile's positions go to
 //                   above before it + min(ties before it, quota),
 //               and it gives as many of its ties as the quota still holds. Then 8 lanes a tile
 //               copy.
 //            4. reread: tiles that must give ties equal to the bound, which are not in the list, or
-//            all
-//               tiles of a dense selection, are read again, a block a tile, ballots and a scan.
+//               all tiles of a dense selection, are read again, a block a tile, ballots and a scan.
 //            5. report: counts are differences of the tiles' places; a thread a tensor.
 //            Each step is a launch of its own, so no block waits for another.
 // Traffic    8 (12) bytes a kept score twice, 8 bytes a selected one, 40 bytes a tile: 0.3 % of
-// float32
-//            at k = 0.1 %, most of it in L2. Reread: 4 bytes for each score of a tile that gives
-//            ties at the bound, at most one read of everything. Bound: latency and launches; dense:
-//            HBM. H200, float32, k = 0.1 %: 1e9 0.03 ms, 8e9 0.15 ms.
+//            float32 at k = 0.1 %, most of it in L2. Reread: 4 bytes for each score of a tile that
+//            gives ties at the bound, at most one read of everything. Bound: latency and launches;
+//            dense: HBM. H200, float32, k = 0.1 %: 1e9 0.03 ms, 8e9 0.15 ms.
 // Scratch    28 bytes a tile, 16 a group.
 // Determinism  all places are sums of counts in the tiles' order.
 #include "select_topk_load.h"
@@ -37,17 +32,6 @@ constexpr int kLanes = 8;  // of a tile, in share and emit
 constexpr int kScanThreads = 1024;
 static_assert(kThreads == kGroupTiles, "emit scans one tile a thread");
 static_assert(kSparseSlots < 1 << 16, "two counts in 32 bits");
-
-// Sum over the lanes below, and over the warp.
-PIECE_OPS_DEVICE unsigned long long warp_scan(unsigned long long own, int lane) {
-  unsigned long long upto = own;
-#pragma unroll
-  for (int delta = 1; delta < kWarp; delta *= 2) {
-    const unsigned long long lower = __shfl_up_sync(kAllLanes, upto, delta);
-    if (lane >= delta) upto += lower;
-  }
-  return upto;
-}
 
 template <class K>
 __global__ void __launch_bounds__(kThreads)
@@ -116,8 +100,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t groups, Topk
       above_sums[set][warp] = above_upto;
       tie_sums[set][warp] = ties_upto;
     }
-    __syncthreads();  // the warps' sums are there; and those of the round before last have been
-                      // read
+    __syncthreads();  // the warps' sums are there; those of the round before last have been read
     unsigned long long above_here = above_before + above_upto - above;
     unsigned long long ties_here = ties_before + ties_upto - ties;
     for (int w = 0; w < kWarps; ++w) {

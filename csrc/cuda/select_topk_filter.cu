@@ -2,27 +2,23 @@
 // equals it.
 //
 // What       For each tile: its (key, slot) above the bound, in rising slots; how many equal the
-// bound.
-//            NaN are counted for each tensor, when they are to be reported.
+//            bound. NaN are counted for each tensor, when they are to be reported.
 // Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth),
-// all
-//            in registers before the first is used:
+//            all in registers before the first is used:
 //            1. one comparison a score, !(x < bound), which NaN passes as well; a vote for each 128
 //               (256) scores. Most votes say no.
 //            2. where one says yes: exact keys, a bit for each score above the bound, ties counted.
 //               Excluded positions are looked up for scores above the bound only; the ties among
 //               them are subtracted afterwards, by a look at the tile's excluded entries.
 //            3. the warps' counts meet in shared memory; thread 0 reserves room for the tile's
-//            share
-//               with one atomic add; ballots give every score its place, so that a share is in
-//               order.
+//               share with one atomic add; ballots give every score its place, so that a share is
+//               in order.
 //            Shares lie in the order of the atomic adds. Nothing depends on it: the tile says where
 //            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
 //            block waits for another. What does not fit the room is counted, not written; verify
 //            then calls for another round.
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
-// tile of
-//            map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
+//            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
 //            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
 //            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5
 //            ms.

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "element.h"
 #include "piece_ops/math/rounding.h"
 #include "select_topk_types.h"
 
@@ -69,23 +70,11 @@ PIECE_OPS_DEVICE int part_slot(int j, int lane) {
   return (j / V) * (kWarp * V) + lane * V + j % V;
 }
 
-PIECE_OPS_DEVICE float load_element(const void* data, int32_t dtype, int64_t i) {
-  switch (static_cast<DType>(dtype)) {
-    case DType::kFloat32:
-      return static_cast<const float*>(data)[i];
-    case DType::kBFloat16:
-      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return widen_fp16(static_cast<const uint16_t*>(data)[i]);
-  }
-}
-
 PIECE_OPS_DEVICE int64_t element_bytes(int32_t dtype) {
   return static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
 }
 
-// ---- one element
-// -----------------------------------------------------------------------------------
+// ---- one element --------------------------------------------------------------------------------
 
 template <TopkInput kInput>
 PIECE_OPS_DEVICE ScoreOf<kInput> score_at(const TopkRow& row, const TopkFormula& formula,
@@ -95,11 +84,11 @@ PIECE_OPS_DEVICE ScoreOf<kInput> score_at(const TopkRow& row, const TopkFormula&
   } else if constexpr (kInput == TopkInput::kHash) {
     return score_random(formula.seed, row.position + i);
   } else if constexpr (kInput == TopkInput::kTwo) {
-    const float first = load_element(row.first, row.first_dtype, i);
-    const float second = load_element(row.second, row.second_dtype, i);
+    const float first = load_float(row.first, static_cast<DType>(row.first_dtype), i);
+    const float second = load_float(row.second, static_cast<DType>(row.second_dtype), i);
     return evaluate_score(formula.score, first, second, formula.constant);
   } else {
-    const float first = load_element(row.first, row.first_dtype, i);
+    const float first = load_float(row.first, static_cast<DType>(row.first_dtype), i);
     return formula.score == Score::kMagnitude ? absolute(first) : first;
   }
 }
@@ -138,8 +127,7 @@ PIECE_OPS_DEVICE Excluded excluded_of(const TopkTable& table, const TopkRow& row
           is_last ? row.exclude_n : table.exclude_starts[tile + 1]};
 }
 
-// ---- one warp's part
-// -------------------------------------------------------------------------------
+// ---- one warp's part ----------------------------------------------------------------------------
 
 // kPerLane<float> elements as they lie in memory: word j / 2 holds elements j and j + 1 of a 16-bit
 // type, word j one of float32.

@@ -1,22 +1,20 @@
-// select_topk_small.cu - a selection of its own for each of many small tensors, a block each, one
-// launch.
+// select_topk_small.cu - a selection of its own for each of many small tensors, in one launch.
 //
 // What       For every tensor with k >= 0 in its row: its k largest, counts, and a report of its
-// own. Algorithm  A block takes a tensor:
+//            own.
+// Algorithm  A block takes a tensor:
 //            1. digits: a shared histogram of one digit of the keys with the prefix found so far;
-//            each
-//               thread scans a run of bins, the one that holds the k-th largest sets the prefix.
-//               float32 3 digits, float64 6. The first one counts NaN as well.
+//               each thread scans a run of bins, the one that holds the k-th largest sets the
+//               prefix. float32 3 digits, float64 6. The first one counts NaN as well.
 //            2. positions: 256 elements at a time, in order; ballots and a scan of the warps'
-//            counts give
-//               each chosen one its place; ties are chosen while the quota lasts.
+//               counts give each chosen one its place; ties are chosen while the quota lasts.
 // Traffic    the tensor digits + 1 times, all but the first from L2 (L1); 8 bytes a selected
-// element.
-//            Bound: latency, some 20 us for 65,536 elements; 10,000 tensors of 1000: 0.1 ms.
+//            element. Bound: latency, some 20 us for 65,536 elements; 10,000 tensors of 1000: 0.1
+//            ms.
 // Scratch    none.
 // Determinism  integer counts; positions in order.
 // Limits     any size is right; past some 65,536 elements one block is slow, and select_topk.cu is
-// used.
+//            used.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {
@@ -31,12 +29,7 @@ constexpr int kRun = kMaxBins / kThreads;  // bins a thread scans
 PIECE_OPS_DEVICE uint32_t block_scan(uint32_t own, uint32_t (&warp_sums)[kWarps], uint32_t* all) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  uint32_t upto = own;
-#pragma unroll
-  for (int delta = 1; delta < kWarp; delta *= 2) {
-    const uint32_t lower = __shfl_up_sync(kAllLanes, upto, delta);
-    if (lane >= delta) upto += lower;
-  }
+  const uint32_t upto = warp_scan(own, lane);
   if (lane == kWarp - 1) warp_sums[warp] = upto;
   __syncthreads();  // the warps' sums are there
   uint32_t before = upto - own;

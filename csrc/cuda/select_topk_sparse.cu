@@ -1,34 +1,31 @@
-// select_topk_sparse.cu - the filter when a maximum of every 32 scores is known: reads what can
-// matter.
+// select_topk_sparse.cu - the filter that reads what can matter: a maximum of every 32 is known.
 //
 // What       The same as select_topk_filter.cu, for tiles of 32768 elements with 1024 maxima.
 // Algorithm  The score of an element cannot exceed the maximum of its chunk of 32. So with any
-// bound,
-//            only chunks whose maximum reaches the bound hold kept scores or ties; a chunk with NaN
-//            has the maximum NaN and is read too. Reading fewer chunks never makes the result
-//            wrong: the count verifies it as in the dense filter. A warp takes a tile:
+//            bound, only chunks whose maximum reaches the bound hold kept scores or ties; a chunk
+//            with NaN has the maximum NaN and is read too. Reading fewer chunks never makes the
+//            result wrong: the count verifies it as in the dense filter. A warp takes a tile:
 //            1. 32 maxima a lane in registers; the chunks to read, in order, into a list in shared
-//            memory.
+//               memory.
 //            2. each chunk is one load of the warp, eight in flight: counts what is above the bound
-//            and
-//               what equals it; chunks with something above stay in the list.
+//               and what equals it; chunks with something above stay in the list.
 //            3. one atomic add reserves room; these chunks are loaded again (L1, L2) and copied
-//            out. The bound is guessed from a sample of the scores, or proven by the digits of the
+//               out.
+//            The bound is guessed from a sample of the scores, or proven by the digits of the
 //            maxima: k chunks with a maximum of at least t are k scores of at least t (excluded
 //            ones: k more of each). Mass ties, when most chunks reach the bound, cost one read of
 //            everything.
 // Traffic    read 4 bytes for each 32 scores, and 128 (float32) for each chunk that reaches the
-// bound;
-//            k = 0.1 %: 0.125 + 0.128 (1.2 k chunks: 0.15) bytes a score against 4; write as the
-//            dense filter. Bound: HBM, scattered lines of 128 bytes, two thirds of the bus assumed.
-//            H200, float32, k = 0.1 %: 1e9 0.08 ms, 8e9 0.65 ms (one read: 0.93 and 7.5).
+//            bound; k = 0.1 %: 0.125 + 0.128 (1.2 k chunks: 0.15) bytes a score against 4; write as
+//            the dense filter. Bound: HBM, scattered lines of 128 bytes, two thirds of the bus
+//            assumed. H200, float32, k = 0.1 %: 1e9 0.08 ms, 8e9 0.65 ms (one read: 0.93 and 7.5).
 // Scratch    as the dense filter, 12 bytes a tile of 32768.
 // Determinism  as the dense filter.
 // Limits     float32 maxima of the scores as select_topk evaluates them, one for 32 consecutive
 //            elements of each tensor (the last one of what is left). Unchecked: that they are
 //            right; one that is too small hides its chunk.
 // Source     delegates: Gaihre et al., Dr. Top-k, SC'21; here the producer of the scores leaves
-// them.
+//            them.
 #include "select_topk_load.h"
 
 namespace piece_ops::cuda {

@@ -3,9 +3,9 @@
 //
 //   tensor      elements 0 .. n-1; excluded positions; possibly a maximum for every 32 elements
 //   tile        a run of slots of one tensor: 4096 (dense), or 32768 (sparse: maxima decide what is
-//   read) slot        one place of a tile; a dense tensor's first tile begins `pad` slots before
-//   its first
-//               element, so that every 16-byte load of the tensor is aligned
+//               read)
+//   slot        one place of a tile; a dense tensor's first tile begins `pad` slots before its
+//               first element, so that every 16-byte load of the tensor is aligned
 //
 //     address    |..pad..| 0 1 2 ...                 element = tile * slots - pad + slot
 //     tiles      |<------- tile 0 ------->|<------- tile 1 ------->|
@@ -134,10 +134,10 @@ PIECE_OPS_HD constexpr int digit_bits(size_t key_bytes, int digit) {
 struct TopkStrata {
   int64_t length;
   int64_t count;
+  uint64_t salt;  // another one, other places
 };
 
-// ---- launchers, one file each
-// --------------------------------------------------------------------
+// ---- launchers, one file each -------------------------------------------------------------------
 
 // How the scores come about; the kernels are compiled for each.
 enum class TopkInput { kOne, kTwo, kHash, kDouble };

@@ -5,8 +5,7 @@
 //              weight[i] <- values[s], rounded to nearest even into the weight's dtype
 //            grads hold one number a slot, or the dense gradient, which is then read at i.
 // Algorithm  one warp takes tiles of 1024 slots; a lane reads 4 positions, then 4 gradients,
-// masters
-//            and moments, computes, and writes 4 of each. Everything k-sized is coalesced.
+//            masters and moments, computes, and writes 4 of each. Everything k-sized is coalesced.
 // Traffic    per slot, compact float32 gradients: read index 8 + grad 4 + 12, write 12, and one
 //            32-byte sector of the weight in and out: 100 bytes (dense gradients: 128). Llama-8B,
 //            k = 8 M: 0.8 GB, predicted 0.2 ms on an H200 (4.0 TB/s), against 177 GB and 44 ms for
@@ -31,8 +30,7 @@ constexpr int kExpAvgSq = kFirstOwnColumn + 4;
 constexpr int kCodes = kFirstOwnColumn + 5;  // dtype of the weight | of the grad << 8 | dense << 16
 constexpr int kColumns = kFirstOwnColumn + 6;
 
-// ---- kernel
-// --------------------------------------------------------------------------------------
+// ---- kernel -------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads)
     sparse_adamw_kernel(DeviceTable table, AdamwFactors factors) {
@@ -71,8 +69,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-// ---- launcher
-// ------------------------------------------------------------------------------------
+// ---- launcher -----------------------------------------------------------------------------------
 
 Table make_table(const SparseAdamwArgs& args) {
   return build_table(

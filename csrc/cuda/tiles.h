@@ -32,17 +32,7 @@ __device__ __forceinline__ T* table_pointer(const DeviceTable& table, int column
 // The tensor that a tile belongs to: the last one with prefix[t] <= tile. Empty tensors have the
 // same prefix as their successor and are never found.
 __device__ __forceinline__ int64_t find_tensor(const DeviceTable& table, int64_t tile) {
-  int64_t low = 0;
-  int64_t high = table.count;
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (__ldg(table.words + middle) <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return last_start(table.count, tile, [&](int64_t t) { return __ldg(table.words + t); });
 }
 
 struct Tile {
@@ -74,8 +64,7 @@ __device__ __forceinline__ void for_each_tile(const DeviceTable& table, int64_t 
   for (; number < table.tiles; number += warps) body(get_tile(table, number, tile_size));
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
 inline cudaStream_t stream_of(const Context& context) {
   return static_cast<cudaStream_t>(context.stream);
@@ -86,8 +75,7 @@ inline void use_device(const Context& context) {
   PIECE_OPS_CUDA_CHECK(cudaSetDevice(context.device));
 }
 
-// As many blocks as the chip holds at once, but no more than there is work for. Call use_device
-// before.
+// As many blocks as the chip holds at once, at most as there is work for. Call use_device before.
 template <class... Parameters>
 int64_t persistent_grid(void (*kernel)(Parameters...), int device, int threads,
                         size_t dynamic_shared_bytes, int64_t blocks_of_work) {

@@ -7,9 +7,9 @@
 //            float64, 16 of them in flight (a group reads whole 32-byte sectors, a warp 4 tiles);
 //            2. one block adds the tile sums: 2048 at a time into shared memory, thread 0 adds.
 // Traffic    one read. Bound: memory, when there are more tiles than threads can hold (n > 1e9),
-// else
-//            the chain of 8192 additions a thread, some 0.1 to 0.2 ms; the second kernel adds 16
-//            cycles a tile. Predicted on an H200: 1e9 float32 1.1 ms (read floor 0.93), 8e9 8.6 ms.
+//            else the chain of 8192 additions a thread, some 0.1 to 0.2 ms; the second kernel adds
+//            16 cycles a tile. Predicted on an H200: 1e9 float32 1.1 ms (read floor 0.93), 8e9 8.6
+//            ms.
 // Scratch    8 bytes a tile and the table.  Determinism  bitwise, any grid.
 #include "element.h"
 #include "piece_ops/ops/total.h"
@@ -26,8 +26,7 @@ constexpr int kTensor = 0;
 constexpr int kDType = 1;
 constexpr int kColumns = 2;
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 // Elements lane, lane + 8, ... of the tile.
 template <class Load>
@@ -101,8 +100,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-// ---- launcher
-// ------------------------------------------------------------------------------------
+// ---- launcher -----------------------------------------------------------------------------------
 
 Table make_table(const TotalArgs& args) {
   return build_table(

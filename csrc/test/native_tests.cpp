@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "piece_ops/core/architectures.h"
 #include "piece_ops/core/check.h"
 #include "piece_ops/math/rounding.h"
 #include "piece_ops/ops/accumulate_per_sample_squares.h"
@@ -305,6 +306,24 @@ void test_sampled_weight_grad() {
   }
 }
 
+void test_architectures() {
+  const auto fits = [](const char* list, int capability) {
+    return any_runs_on(parse_architectures(list), capability);
+  };
+  const char* const shipped = "80-real;90-real;100-real;120";
+  for (const int capability : {80, 86, 89, 90, 100, 103, 120, 121, 130}) {
+    expect(fits(shipped, capability), "architectures: shipped", capability);
+  }
+  for (const int capability : {75, 70}) {
+    expect(!fits(shipped, capability), "architectures: too old", capability);
+  }
+  expect(!fits("90-real", 100) && fits("90-virtual", 100), "architectures: PTX alone goes on");
+  expect(!fits("86-real", 80), "architectures: an earlier minor version");
+  expect(fits("90a-real", 90) && !fits("90a", 100), "architectures: 90a is 9.0 alone");
+  expect(fits("100f", 103) && !fits("100f", 120), "architectures: 100f is 10.x");
+  expect(!fits("native", 90) && !fits("", 90), "architectures: no number is nothing");
+}
+
 }  // namespace
 
 int main() {
@@ -314,6 +333,7 @@ int main() {
     std::printf("skipped: %s\n", error.what());
     return 0;
   }
+  test_architectures();
   test_select_topk();
   test_narrow_types();
   test_updates();

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from piece_ops.backends import cpu, cuda, cuda_adamw_plan, cuda_select_topk, triton
+from piece_ops.backends import (
+    cpu,
+    cuda,
+    cuda_adamw_plan,
+    cuda_maxima,
+    cuda_reports,
+    cuda_select_topk,
+    triton,
+)
 
 # Device type -> what an optimizer makes once and then calls like ``sparse_adamw_``, where steps on
 # the same tensors can be had for less than single calls.
 ADAMW_STEPS: dict[str, Any] = {"cuda": cuda_adamw_plan.SparseAdamwSteps}
 
-__all__ = ["ADAMW_STEPS", "cpu", "cuda", "cuda_adamw_plan", "cuda_select_topk", "triton"]
+__all__ = [
+    "ADAMW_STEPS",
+    "cpu",
+    "cuda",
+    "cuda_adamw_plan",
+    "cuda_maxima",
+    "cuda_reports",
+    "cuda_select_topk",
+    "triton",
+]

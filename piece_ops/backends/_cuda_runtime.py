@@ -7,6 +7,7 @@ the same addresses and sizes. It travels as kernel arguments, so writing it wait
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from piece_ops._native import extension
 
-# Tables kept, over all ops, devices and streams. One of Llama-8B's 291 tensors has 21 KB.
-KEPT_TABLES = 64
+# Tables kept, over all ops, devices and streams, in bytes of device memory. One of Llama-8B's 291
+# tensors has 21 KB, one of 10,000 tensors up to 1.1 MB.
+KEPT_BYTES = 32 << 20
 
 
 class Runtime:
@@ -40,6 +42,10 @@ class Runtime:
                 "pip install .), or move the tensors with .cpu()"
             )
         return module
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Tell whether the CUDA backend is the one for this tensor."""
+        return tensor.is_cuda
 
     def index(self, device: torch.device) -> int:
         return torch.cuda.current_device() if device.index is None else device.index
@@ -115,7 +121,42 @@ class Table:
         return self.handle, self.words.data_ptr()
 
 
-_tables: OrderedDict[Any, Table] = OrderedDict()
+class Tables:
+    """The tables used last, as many as fit into `KEPT_BYTES`; the newest in any case.
+
+    Behind a lock: autograd calls from one thread for each device.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tables: OrderedDict[Any, Table] = OrderedDict()
+        self.n_bytes = 0
+
+    def get(self, key: Any) -> Table | None:
+        with self._lock:
+            if key not in self._tables:
+                return None
+            self._tables.move_to_end(key)
+            return self._tables[key]
+
+    def put(self, key: Any, table: Table) -> Table:
+        """Keep a table; the one that is kept, if another thread was first."""
+        with self._lock:
+            kept = self._tables.setdefault(key, table)
+            if kept is table:
+                self.n_bytes += table.handle.n_bytes
+            while self.n_bytes > KEPT_BYTES and len(self._tables) > 1:
+                _, oldest = self._tables.popitem(last=False)
+                self.n_bytes -= oldest.handle.n_bytes
+            return kept
+
+    def clear(self) -> None:
+        with self._lock:
+            self._tables.clear()
+            self.n_bytes = 0
+
+
+_tables = Tables()
 
 
 def forget_tables() -> None:
@@ -132,18 +173,14 @@ def table_of(place: Place, make: Callable[..., Any], *columns: Sequence[int]) ->
     capturing = place.capturing
     index, stream = place.where
     key = (place.op, index, stream, tuple(map(tuple, columns)))
-    if not capturing and key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
+    known = None if capturing else _tables.get(key)
+    if known is not None:
+        return known
     handle = make(*columns)
     words = torch.empty(handle.n_bytes // 8, dtype=torch.int64, device=place.device)
     handle.write(words.data_ptr(), index, stream)
     table = Table(handle, words)
-    if not capturing:
-        _tables[key] = table
-        while len(_tables) > KEPT_TABLES:
-            _tables.popitem(last=False)
-    return table
+    return table if capturing else _tables.put(key, table)
 
 
 # ---- indices -------------------------------------------------------------------------------------

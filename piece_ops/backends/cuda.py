@@ -1,9 +1,9 @@
 """CUDA tensors: checks, then one launch over all tensors on the caller's current stream.
 
 Waiting for the device: ``accumulate_squares_`` reads 16 bytes back, which say whether all
-gradients were finite; ``sparse_adamw_``, ``gather``, ``scatter_`` and ``sampled_weight_grad`` wait
-when they see index tensors for the first time (see ``_cuda_runtime.check_indices``). Nothing else
-waits.
+gradients were finite (`accumulate` can leave that to the caller); ``sparse_adamw_``, ``gather``,
+``scatter_`` and ``sampled_weight_grad`` wait when they see index tensors for the first time (see
+``_cuda_runtime.check_indices``). Nothing else waits.
 
 CUDA graphs: every op here can be captured. ``accumulate_squares_`` cannot raise inside a graph: a
 replay whose gradients are not all finite adds nothing and counts itself, and the next call outside
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops._schema import register
+from piece_ops.backends import _cuda_runtime
 from piece_ops.backends._cuda_runtime import (
     Place,
     check_indices,
@@ -32,6 +33,9 @@ from piece_ops.backends._lists import addresses, dtypes, matrix, sizes
 # Of sampled_weight_grad, at most, where one block of 256 tokens does not need more: so much
 # transposed input stays in the L2 cache of an A100 or later.
 SAMPLED_SCRATCH_BYTES = 32 << 20
+
+# What a chunk's maximum can be of; scores by position are not what a maximum bounds.
+MAXIMA_SCORES = tuple(name for name in _schema.SCORE_CODES if name != "random")
 
 # Per device: how many replays of captured accumulations added nothing, as the device counts them;
 # made by the first call outside a graph, looked at once a graph has been captured.
@@ -57,9 +61,31 @@ def _raise_for_skipped_replays(place: Place) -> None:
 def accumulate_squares_(
     square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
 ) -> None:
+    accumulate(square_sums, grads, sums, weight)
+
+
+def accumulate(
+    square_sums: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    *,
+    deferred: bool = False,
+) -> Tensor | None:
+    """``accumulate_squares_``; `deferred`: do not wait, return the report (None: nothing to say).
+
+    Two int64: the first tensor that is not finite (past the last: none), and its count of elements
+    that are not (0). Not for a capture, where there is no report.
+    """
     _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
-    _accumulate(square_sums, grads, sums, weight)
+    report = _accumulate(square_sums, grads, sums, weight, deferred=deferred)
     _schema.bump_versions(square_sums, sums)
+    return report
+
+
+def has_captured(tensor: Tensor) -> bool:
+    """Whether an accumulation was captured on this device: replays count no version."""
+    return _cuda_runtime.runtime.index(tensor.device) in _has_captured
 
 
 def accumulate_squares_and_maxima_(
@@ -71,7 +97,9 @@ def accumulate_squares_and_maxima_(
     score: str = "plain",
     second: Sequence[Tensor] = (),
     constant: float = 0.0,
-) -> None:
+    *,
+    deferred: bool = False,
+) -> Tensor | None:
     """``accumulate_squares_`` that also leaves the largest score of every 32 elements.
 
     Parameters
@@ -80,15 +108,18 @@ def accumulate_squares_and_maxima_(
         Written: element c is the largest score among elements 32 c to 32 c + 31 of tensor t, NaN
         if one of them is NaN. A selection then reads only the chunks that can matter.
     score : str
-        A name of ``_schema.SCORE_CODES`` other than "random": "plain" and "taylor" start from
+        One of `MAXIMA_SCORES`: "plain" and "taylor" start from
         the new square_sums, the others from the new sums; "piece-s" takes square_sums as second.
     second : list of Tensor
         For "piece-g", "snip" and "taylor": the second statistic, like ``grads`` in sizes.
     constant : float
         As in ``select_topk``.
+    deferred : bool
+        As in `accumulate`.
     """
     _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
     op = "accumulate_squares_"
+    _schema.check_name(op, "score", score, MAXIMA_SCORES)
     _schema.check_same_count(op, len(grads), maxima=maxima)
     _schema.check_tensors(op, "maxima", maxima, (torch.float32,))
     _schema.check_same_device(op, grads, maxima, list(second))
@@ -103,8 +134,11 @@ def accumulate_squares_and_maxima_(
         _schema.check_tensors(op, "second", second, _schema.HALVES_AND_FLOAT)
         _schema.check_same_numel(op, "second", second, "grads", grads)
     code = _schema.SCORE_CODES[score]
-    _accumulate(square_sums, grads, sums, weight, maxima, code, second, constant)
+    report = _accumulate(
+        square_sums, grads, sums, weight, maxima, code, second, constant, deferred=deferred
+    )
     _schema.bump_versions(square_sums, sums, maxima)
+    return report
 
 
 def _accumulate(
@@ -116,9 +150,11 @@ def _accumulate(
     score: int = 0,
     second: Sequence[Tensor] = (),
     constant: float = 0.0,
-) -> None:
+    *,
+    deferred: bool = False,
+) -> Tensor | None:
     if not any(map(Tensor.numel, grads)):
-        return
+        return None
     place = place_of("accumulate_squares_", grads[0])
     with place.guard:
         capturing = place.capturing
@@ -158,13 +194,14 @@ def _accumulate(
             score,
             constant,
         )
-        if not capturing:
+        if not capturing and not deferred:
             tensor, count = report.tolist()
             if tensor < len(grads):
                 raise ValueError(
                     f"piece_ops.accumulate_squares_: grads[{tensor}] must be finite, got {count} "
                     f"NaN or infinite of {grads[tensor].numel()}; nothing was added"
                 )
+    return report if deferred and not capturing else None
 
 
 def _make_accumulate_table(place: Place) -> Any:

@@ -22,7 +22,7 @@ from piece_ops.backends._lists import addresses, dtypes, sizes
 
 CHUNK = 32  # elements under one maximum
 FOUND, MISSED, NAN, BROKEN = range(4)  # csrc/include/piece_ops/ops/select_topk.h, TopkReport
-WAYS = ("sample", "maxima", "digits")
+WAYS = ("sample", "maxima", "digits", "resample")  # numbered as TopkWay
 
 
 @dataclass
@@ -80,7 +80,7 @@ def select_topk_by_maxima(
         by a selection over all tensors of float32, bfloat16 or float16. **Unchecked:** that they
         are the maxima of these scores; one that is too small hides its chunk.
     ways : list of str, optional
-        Filled with the ways that were tried, out of "sample", "maxima", "digits", in turn.
+        Filled with the ways that were tried, out of `WAYS`, in turn.
 
     Returns
     -------
@@ -94,6 +94,11 @@ def select_topk_by_maxima(
     numels, excluded = sizes(first), sizes(exclude)
     _schema.check_k(k, numels, excluded)
     place = place_of(op, first[0])
+    if place.capturing:
+        raise RuntimeError(
+            f"piece_ops.{op}: must be called outside a CUDA graph's capture, got a capturing "
+            "stream: the host reads the report to raise for NaN and to know the counts"
+        )
     call = place.module.CudaSelectTopk
     words = place.module.TOPK_REPORT_WORDS
     if not by_tensor and len(first) == 1 and algorithm == "auto" and not maxima:

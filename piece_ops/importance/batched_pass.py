@@ -118,6 +118,7 @@ class BatchedPass:
                 run(torch.full_like(loss, self._factor))
                 for name in list(self._waiting):
                     self._add({name: self._waiting.pop(name)})
+                to.finish()
             except NotFinite as error:
                 raise ValueError(
                     f"{where}: the gradient of {name_sample(error.sample, to.first)} "

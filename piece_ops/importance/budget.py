@@ -85,7 +85,7 @@ class RunningTop:
 class _Passing(Target):
     """Accumulators of the parameters under way only; what is complete is merged and goes."""
 
-    once = True
+    once = True  # what is complete is ranked at once, so nothing can be left to `finish`
 
     def __init__(self, part: Importance, merge: Callable[[Numbers], None]) -> None:
         self._part, self._merge = part, merge

@@ -241,8 +241,14 @@ class Importance(Statistics):
         if NEEDS[self.method].reference:
             mean = math.fsum(totals_of(numbers["reference"])) / self.candidate_count
         scores, scale = self._scores(numbers, self._samples, reference_samples, mean)
-        top = select_topk(scores, wanted, exclude=excluded or None)
+        top = select_topk(scores, wanted, exclude=excluded or None, maxima=self._maxima)
         return self._selection(top.indices, float(top.threshold) * scale)
+
+    def _smallest_constant(self) -> float:
+        # As in `scores_of`, for the samples so far: with more, xi times their number only grows.
+        if self._method != "piece-s":
+            return 0.0
+        return 1.0 if self._xi is None else self._xi * max(1, self._samples)
 
     def _request(
         self,

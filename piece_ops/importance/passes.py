@@ -63,8 +63,10 @@ class GradientStream:
         parameters: Mapping[str, nn.Parameter],
         use: Callable[[str, Tensor], None],
         where: str,
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._parameters, self._use, self._where = model, parameters, use, where
+        self._finish = finish  # after each backward; may raise ValueError as `use` may
         self._what = ""
         self.seen: set[str] = set()  # parameters whose gradient this backward has delivered
 
@@ -101,11 +103,12 @@ class GradientStream:
                 self._use(name, grad if grad.is_contiguous() else grad.contiguous())
             except ValueError as error:  # not finite: of this gradient nothing was added
                 self.seen.discard(name)
-                raise ValueError(
-                    f"{self._where}: the gradient of {self._what} must be finite; {error}"
-                ) from error
+                raise self._not_finite(error) from error
 
         return take
+
+    def _not_finite(self, error: ValueError) -> ValueError:
+        return ValueError(f"{self._where}: the gradient of {self._what} must be finite; {error}")
 
     def backward(self, loss: Tensor, what: str, *, must_reach: bool = True) -> None:
         """One backward pass; raises when no gradient reached any of the parameters."""
@@ -113,6 +116,10 @@ class GradientStream:
         self._what = what
         run: Any = loss.backward
         run()
+        try:
+            self._finish()
+        except ValueError as error:
+            raise self._not_finite(error) from error
         if must_reach and not self.seen:
             raise ValueError(
                 f"{self._where}: the loss of {what} must depend on the candidate parameters, got "

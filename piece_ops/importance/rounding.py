@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from piece_ops.importance.on_device import OnDevice
 from piece_ops.importance.rules import Target
 
 _PART = 1 << 17  # elements at a time: temporaries of 1 MB stay in the cache
@@ -29,10 +30,11 @@ class RoundedTarget(Target):
         sums: Mapping[str, Tensor],
         first: int,
         is_reference: bool = False,
+        on_device: OnDevice | None = None,
         *,
         seed: int,
     ) -> None:
-        super().__init__(square_sums, sums, first, is_reference)
+        super().__init__(square_sums, sums, first, is_reference, on_device)
         self._seed = seed
         self._open: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_
 from piece_ops.importance.batches import Grid
 from piece_ops.importance.layouts import ModuleLayout, cut
+from piece_ops.importance.on_device import OnDevice
 
 
 def kind_of(module: nn.Module) -> str:
@@ -167,8 +168,10 @@ class Target:
         sums: Mapping[str, Tensor],
         first: int,
         is_reference: bool = False,
+        on_device: OnDevice | None = None,
     ) -> None:
         self._square_sums, self._sums = square_sums, sums
+        self.on_device = on_device
         # `first` is the number of the next batch's first sample; `sample` that under way.
         self.first, self.sample, self.is_reference = first, first, is_reference
 
@@ -179,14 +182,22 @@ class Target:
     def close(self, name: str) -> None:
         """The batch's gradients of the parameter are all in."""
 
-    def add(self, name: str, grad: Tensor) -> None:
-        """Add one gradient and its square; raises ValueError when it is not finite."""
+    def add(self, name: str, grad: Tensor, sample: int | None = None) -> None:
+        """Add one gradient and its square; ValueError, here or in `finish`, if it is not finite."""
         squares, sums = self.open(name)
+        if self.on_device is not None and self.on_device.add((name, sample), squares, grad, sums):
+            return
         accumulate_squares_(
             None if squares is None else {name: squares},
             {name: grad},
             None if sums is None else {name: sums},
         )
+
+    def finish(self) -> None:
+        """After a backward: raise what was left to be raised (on a GPU, one wait for all of it)."""
+        found = None if self.on_device is None else self.on_device.first_bad()
+        if found is not None:
+            raise NotFinite(found[0], found[1] or 0)
 
     def take(self, name: str, grad: Tensor) -> None:
         """Add the only gradient that a backward has for a parameter."""
@@ -220,11 +231,9 @@ class Sums:
 
     def add_product(self, name: str, use: Product) -> None:
         """Products alone; `add_rows` adds what they and rows have together."""
-        for tensor in (use.left, use.right):
-            self._check(name, tensor, use.offsets)
         plain = all(scale == 1.0 for scale in self.scales)
         squares, sums = self.to.open(name)
-        accumulate_per_sample_squares_(
+        arguments = (
             squares,
             _dense_features(use.left),
             _dense_features(use.right),
@@ -232,10 +241,16 @@ class Sums:
             sums,
             None if plain else torch.tensor(self.scales),
         )
+        if self.to.on_device is not None and self.to.on_device.add_product(name, *arguments):
+            return
+        for tensor in (use.left, use.right):
+            self._check(name, tensor, use.offsets)
+        accumulate_per_sample_squares_(*arguments)
 
     def add_rows(self, name: str, use: Rows, product: Product | None) -> None:
         """Rows, and twice the rows times the products of the same parameter."""
-        self._check(name, use.grad, use.offsets)
+        if self.to.on_device is None or not self.to.on_device.check(name, use.grad, use.offsets):
+            self._check(name, use.grad, use.offsets)
         square_sums, sums = self.to.open(name)
         for n, (first, end) in enumerate(itertools.pairwise(use.offsets.tolist())):
             ids, places = torch.unique(use.ids[first:end], return_inverse=True)
@@ -263,7 +278,7 @@ class Sums:
                 for more in found[1:]:
                     grad = grad + more.float() * scale
                 try:
-                    self.to.add(name, grad.contiguous())
+                    self.to.add(name, grad.contiguous(), n)
                 except ValueError as error:
                     raise NotFinite(name, n) from error
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piece_ops.functional import ChunkMaxima
 from piece_ops.importance.batched import BatchedGradients
 from piece_ops.importance.batches import Samples, samples_of
 from piece_ops.importance.candidates import Candidates
+from piece_ops.importance.on_device import RANKED_AS, OnDevice
 from piece_ops.importance.passes import GradientStream, LossFunction, check_loss, loss_of
 from piece_ops.importance.rounding import RoundedTarget
 from piece_ops.importance.rules import Target
@@ -92,6 +94,8 @@ class Statistics:
         self._reference_samples = 0
         self._kept: dict[str, Tensor] = {}  # sum of the means of the finished sources
         self._spoiled: str | None = None
+        kind = RANKED_AS.get(self._method)
+        self._maxima = None if kind is None else ChunkMaxima(kind)
 
     # ------------------------------------------------------------------------------- accumulating
 
@@ -177,9 +181,18 @@ class Statistics:
     ) -> Target:
         """Where a batch's gradients go: into accumulators, of whatever precision."""
         first = self._samples if first is None else first
-        if self._dtype == torch.float32:
-            return Target(square_sums, sums, first, is_reference)
-        return RoundedTarget(square_sums, sums, first, is_reference, seed=self._seed)
+        is_exact = self._dtype == torch.float32
+        maxima = self._maxima if is_exact and not is_reference else None
+        if maxima is not None:
+            maxima.constant = self._smallest_constant()
+        on_device = OnDevice(maxima, lambda name: self._candidates.parameters[name])
+        if is_exact:
+            return Target(square_sums, sums, first, is_reference, on_device)
+        return RoundedTarget(square_sums, sums, first, is_reference, on_device, seed=self._seed)
+
+    def _smallest_constant(self) -> float:
+        """At most the constant that the accumulators will be ranked with."""
+        return 0.0
 
     def _add(self, batch: Any, where: str, loss_fn: LossFunction | None, to: Target) -> set[str]:
         """Every sample (or the batch) to where it goes; the parameters that are still left out.
@@ -243,7 +256,7 @@ class Statistics:
         `is_rest`: the other parameters' gradients are in already, so these need not be reached,
         and the samples are not counted.
         """
-        stream = GradientStream(self.model, parameters, to.take, where)
+        stream = GradientStream(self.model, parameters, to.take, where, to.finish)
         with stream.running():
             for row, part in enumerate(parts):
                 to.sample = to.first + row

@@ -25,9 +25,9 @@ import piece_ops
 from piece_ops import reference
 from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
-from helpers.cases import BF16, F16, F32, F64, SelectCase, draw, select_cases
+from helpers import on_gpu
+from helpers.cases import BF16, F16, F32, F64, SelectCase, select_cases
 from helpers.compare import (
-    assert_all_bits_equal,
     assert_bits_equal,
     assert_same_selection,
     assert_within,
@@ -59,7 +59,7 @@ def search_path() -> dict[str, str]:
 
 
 def check_same_bits_as_the_cpu() -> None:
-    """Generated cases of every op but select_topk."""
+    """Generated cases of every op but select_topk, whose cases follow."""
     implementations = gpu_implementations()
     for kind, make in CASES.items():
         if kind != "select_topk":
@@ -102,18 +102,23 @@ def _home(x: Any) -> Any:
 
 
 def check_side_stream() -> None:
-    """Work queued on a stream that is not the default one is ordered by that stream."""
-    g = torch.Generator().manual_seed(1)
-    grads = [draw("normal", n, BF16, g) for n in (5, 1_000_003, 0, 70_000)]
-    want = [x.float() ** 2 for x in grads]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # so that an op on the wrong stream runs too early
-        there = [x.to(GPU, non_blocking=True) for x in grads]
-        got = [torch.zeros(x.numel(), device=GPU) for x in grads]
-        piece_ops.accumulate_squares_(got, there)
-    stream.synchronize()
-    assert_all_bits_equal([x.cpu() for x in got], want)
+    """Every op's work is ordered by the current stream, whichever that is.
+
+    The stream sleeps before it copies an op's input to where the op reads it, so that an op on
+    another one runs too early.
+    """
+    x = torch.rand(200_000)
+    there = x.to(GPU)
+    want = piece_ops.select_topk(x, 777).indices
+    on_gpu.place.sleep = 3_000_000  # 2 ms
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            check_same_bits_as_the_cpu()
+            torch.cuda._sleep(on_gpu.place.sleep)
+            late = torch.zeros_like(there).copy_(there)
+            assert_bits_equal(piece_ops.select_topk(late, 777).indices.cpu(), want)
+    finally:
+        on_gpu.place.sleep = 0
 
 
 def check_graph_capture() -> None:
@@ -156,19 +161,47 @@ def check_graph_capture() -> None:
 
 
 def check_second_device() -> None:
-    """Tensors on a device that is not the current one; the current one stays."""
+    """Every op on a device that is not the current one; the current one stays."""
     if torch.cuda.device_count() < 2:
         print("   one device only: left out")
         return
-    x = torch.randn(200_000)
-    there = x.to("cuda:1")
-    square = torch.zeros_like(there)
-    piece_ops.accumulate_squares_([square], [there])
-    assert torch.cuda.current_device() == 0
-    assert_bits_equal(square.cpu(), x * x)
-    assert piece_ops.total(there) == piece_ops.total(x)
-    got, want = piece_ops.select_topk(there, 777), piece_ops.select_topk(x, 777)
+    on_gpu.place.device = "cuda:1"
+    try:
+        check_same_bits_as_the_cpu()
+    finally:
+        on_gpu.place.device = on_gpu.DEVICE
+    x = torch.rand(200_000)
+    got, want = piece_ops.select_topk(x.to("cuda:1"), 777), piece_ops.select_topk(x, 777)
     assert_bits_equal(got.indices.cpu(), want.indices)
+    assert torch.cuda.current_device() == 0
+
+
+def check_importance() -> None:
+    """Maxima left by accumulation and by the per-sample kernel's epilogue change no selection."""
+    if not importlib.util.find_spec("triton"):
+        print("   no triton here: left out")
+        return
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(256, 320), torch.nn.GELU(), torch.nn.Linear(320, 256)]
+    model = torch.nn.Sequential(*layers, torch.nn.LayerNorm(256)).to(GPU)
+
+    def loss(model: Any, batch: Any) -> Any:
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    batches = [{name: torch.randn(4, 9, 256, device=GPU) for name in ("x", "y")} for _ in range(3)]
+    for method in ("piece-f", "piece-s", "gradient", "snip", "taylor"):
+        for per_sample in (True, "loop"):
+            importance = piece_ops.Importance(model, method, per_sample=per_sample, loss_fn=loss)
+            for batch in batches:
+                importance.update(batch)
+            maxima = importance._maxima
+            assert maxima is not None and maxima._entries, f"{method} {per_sample}: no maxima"
+            got = importance.select(density=0.01)
+            importance._maxima = None
+            want = importance.select(density=0.01)
+            assert got.threshold == want.threshold, f"{method} {per_sample}"
+            for name, index in want.indices.items():
+                assert_bits_equal(got.indices[name], index, f"{method} {per_sample} {name}")
 
 
 def check_past_2_32() -> None:
@@ -289,6 +322,7 @@ CHECKS: list[Callable[[], None]] = [
     check_second_device,
     check_past_2_32,
     check_host_time_of_a_plan,
+    check_importance,
     check_per_sample_squares,
     check_contract_tests,
     check_compute_sanitizer,

@@ -85,6 +85,9 @@ class EmulatedRuntime(_cuda_runtime.Runtime):
     def module(self, op: str) -> ModuleType:
         return self.extension
 
+    def takes(self, tensor: torch.Tensor) -> bool:
+        return True
+
     def index(self, device: torch.device) -> int:
         return 0
 

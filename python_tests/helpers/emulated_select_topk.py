@@ -18,12 +18,13 @@ from helpers.cases import BF16, F16, F32, draw, some_positions
 Run = Callable[[], Any]
 
 
-def sampled_positions(n: int) -> Tensor:
-    """The positions that the sample looks at (select_topk_bound.cu)."""
-    length = max(min(max(n // 8192, 16), 4096), n >> 19)
+def sampled_positions(n: int, *, again: bool = False) -> Tensor:
+    """The positions that the sample, or the second one, looks at (select_topk_bound.cu)."""
+    length = max(min(max(n // 8192, 16), 4096), n >> 19) // (4 if again else 1)
+    salt = 0xD1B54A32D192ED03 if again else 0
     mask, found = (1 << 64) - 1, []
     for s in range((n + length - 1) // length):
-        h = (s * 0x9E3779B97F4A7C15) & mask
+        h = (s * 0x9E3779B97F4A7C15) & mask ^ salt
         h = ((h ^ (h >> 29)) * 0xBF58476D1CE4E5B9) & mask
         own = min(length, n - s * length)
         found.append(s * length + (((h >> 32) * own) >> 32))

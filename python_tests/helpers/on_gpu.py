@@ -6,6 +6,7 @@ As a pytest plugin (``-p helpers.on_gpu``): every contract test of an op then ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,27 @@ from helpers.emulated import cuda_implementations
 DEVICE = "cuda"
 
 
-def moved(x: Tensor) -> Tensor:
+@dataclass
+class Place:
+    """Where ops run. `sleep`: cycles for which the stream is busy before their input is there."""
+
+    device: str = DEVICE
+    sleep: int = 0
+
+
+place = Place()
+
+
+def moved(x: Tensor, there: Tensor) -> Tensor:
     """A copy on the GPU that starts as far from a 16-byte boundary as the original may do."""
-    if not x.is_contiguous():  # which every op refuses, so only the layout matters
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+    if not x.is_contiguous():
+        strided = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=place.device)
+        # Elements that share memory every op refuses, so there only the layout matters.
+        overlaps = torch._debug_has_internal_overlap(strided) == 1
+        return strided if overlaps else strided.copy_(there)
     offset = x.storage_offset() % 8
-    whole = torch.empty(x.numel() + offset, dtype=x.dtype, device=DEVICE)
-    return whole[offset:].view(x.shape).copy_(x.detach())
+    whole = torch.empty(x.numel() + offset, dtype=x.dtype, device=place.device)
+    return whole[offset:].view(x.shape).copy_(there)
 
 
 def each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -41,7 +56,13 @@ def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         given = [a for a in arguments]
-        there = each(given, moved)
+        # Brought over first, which waits; then copied there, as the stream gets to it.
+        brought: list[Tensor] = []
+        each(given, lambda x: brought.append(x.detach().to(place.device)) or x)
+        if place.sleep:
+            torch.cuda._sleep(place.sleep)
+        parts = iter(brought)
+        there = each(given, lambda x: moved(x, next(parts)))
         result = function(*there)
         for argument, copy in zip(given, there, strict=True):
             pairs = (

@@ -1,5 +1,4 @@
-// machine.h - what the parts of the emulation share: the threads of the running block, and who
-// waits.
+// machine.h - what the parts of the emulation share: the running block's threads, and who waits.
 //
 // fibers.cpp   stacks and the switch between them; who runs next
 // grid.cpp     blocks one after another; deadlocks; the settings of simt.h

@@ -4,14 +4,13 @@
 // one for every CUDA thread that ever waits (fibers.cpp). What each thing checks:
 //
 //   __syncthreads    a thread that ends or waits elsewhere is a deadlock, reported with who waits
-//   where
+//                    where
 //   *_sync           lanes outside the mask, lanes that never come, shuffles from a lane outside
 //   __shared__       static arrays: AddressSanitizer puts red zones round them
 //   dynamic shared   exactly as long as asked for, filled with 0xCD for every block
 //   races            ThreadSanitizer: every CUDA thread is a fiber of its own; barriers order,
-//   shuffles
-//                    and ballots do not (as in CUDA, only __syncwarp and __syncthreads order
-//                    memory)
+//                    shuffles and ballots do not (as in CUDA, only __syncwarp and __syncthreads
+//                    order memory)
 //   order            a seed shuffles blocks, warps and lanes (set_seed)
 //   barriers         one of them can be skipped by file and line (skip_barrier): mutation tests
 //
@@ -36,8 +35,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
-// ---- types
-// ---------------------------------------------------------------------------------------
+// ---- types --------------------------------------------------------------------------------------
 
 struct uint3 {
   unsigned x, y, z;
@@ -72,8 +70,7 @@ extern dim3 blockDim;
 extern dim3 gridDim;
 constexpr int warpSize = 32;
 
-// ---- the machine
-// ---------------------------------------------------------------------------------
+// ---- the machine --------------------------------------------------------------------------------
 
 namespace simt {
 

@@ -63,10 +63,11 @@ struct TopkReport {
   int64_t check;  // the word of check_indices
 };
 
-// How the bound comes about. A way reads the scores kSample once, kMaxima once (those chunks that
-// can matter), kDigits twice to four times; kSample can miss, kMaxima too where chunks are few or
-// full.
-enum class TopkWay : int32_t { kSample = 0, kMaxima = 1, kDigits = 2 };
+// How the bound comes about. A way reads the scores kSample and kResample once, kMaxima once (those
+// chunks that can matter), kDigits twice to four times; samples can miss, kMaxima too where chunks
+// are few or full.
+enum class TopkWay : int32_t { kSample = 0, kMaxima = 1, kDigits = 2, kResample = 3 };
+constexpr int32_t kTopkWayCount = 4;
 
 // maxima: null, or [count] addresses of (n + 31) / 32 floats on the device: the largest score of
 // every 32 consecutive elements, NaN if one is NaN (cuda::ChunkMaxima of accumulate_squares).
