@@ -12,6 +12,7 @@ import pytest
 import piece_ops
 from piece_ops import cli
 from piece_ops.selection import Selection
+from piece_ops.training.output import OutputError, RunFolder
 
 from helpers.tiny_lm import save_tiny, write_rows
 
@@ -94,6 +95,19 @@ def test_info_says_what_the_build_holds(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     for word in (piece_ops.__version__, "torch", "instruction set", "CUDA kernels", "GPU"):
         assert word in printed
+
+
+def test_without_file_locks_all_but_a_run_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys; sys.modules.update(fcntl=None, resource=None)\n"  # as on Windows
+        "from piece_ops.cli import main; sys.exit(main(['info']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(OutputError, match="needs the file locks of Linux or macOS"):
+        RunFolder(tmp_path / "out").__enter__()
 
 
 def test_the_module_is_the_command() -> None:

@@ -94,6 +94,22 @@ def test_another_run_is_not_resumed(
     assert "base model was" in refused((str(data / "model"), str(other / "model")))
 
 
+def test_a_reference_is_known_by_its_rows_and_not_by_its_place(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = write_rows(tmp_path / "kept.jsonl", PAIRS[:5])
+    start = command(data, tmp_path / "out", "piece-g")
+    run_until_event([*start, "--reference", f"kept={kept}"], tmp_path / "log", 12)
+    kept.rename(tmp_path / "moved.jsonl")
+    write_rows(kept, PAIRS[5:])
+    assert cli.main([*start, "--reference", f"kept={kept}", "--resume"]) == 2
+    assert "reference content was" in capsys.readouterr().err
+    moved = f"={tmp_path / 'moved.jsonl'}"
+    assert cli.main([*start, "--reference", f"other{moved}", "--resume"]) == 2
+    assert 'setting reference was "kept", is "other"' in capsys.readouterr().err
+    assert cli.main([*start, "--reference", f"kept{moved}", "--resume"]) == 0
+
+
 def test_a_run_that_works_or_is_complete(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

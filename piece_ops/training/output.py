@@ -11,7 +11,6 @@ the process ends in whatever way.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -205,6 +204,13 @@ class RunFolder:
         return self
 
     def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError as error:  # not on Windows, where all that needs no run still works
+            raise OutputError(
+                f"output folder {self.out}: a run needs the file locks of Linux or macOS, got "
+                "Python without fcntl"
+            ) from error
         self._lock = (self.work / LOCK).open("a+", encoding="ascii")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
