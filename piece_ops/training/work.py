@@ -129,6 +129,12 @@ class Work:
             files = self._files(folder, i)
             if self.settings.is_sparse:
                 delta = Delta.load(files.delta)
+                if delta.parent != self._parent:
+                    raise ValueError(
+                        f"resume: {files.delta} must be a delta made on top of "
+                        f"{self._parent[:12] or 'the base model'}, got one made on top of "
+                        f"{delta.parent[:12] or 'the base model'}"
+                    )
                 delta.apply_(self.model)
                 self._parent = delta.digest
             elif self.settings.method == "lora" or i == state.trained - 1:
