@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,49 +13,15 @@ import pytest
 from piece_ops import cli
 from piece_ops.training.output import OutputError, RunFolder
 
-from helpers.killing import (
-    check_readable,
-    events,
-    outcome,
-    run_and_kill,
-    run_to_end,
-    run_until_event,
-    warm_up,
-)
+from helpers.killing import check_readable, events, outcome, run_to_end, run_until_event
+from helpers.killing_often import MOMENTS, kill_every_kind, kill_often
+from helpers.small_runs import FILES, KINDS, PAIRS, command, make_data
 from helpers.tiny_lm import save_tiny, write_rows
-
-PAIRS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
-
-FILES = [("one", "one.jsonl"), ("two", "two.jsonl"), ("words", "words.txt")]
-
-KINDS: dict[str, list[str]] = {
-    "piece-g": ["--method", "piece-g", "--keep-statistics", "--protect", "--refresh", "3"],
-    "piece-f in bfloat16": ["--method", "piece-f", "--dtype", "bfloat16"],
-    "lora": ["--method", "lora"],
-    "full": ["--method", "full"],
-}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, two tasks and a text."""
-    folder = tmp_path_factory.mktemp("data")
-    save_tiny(folder / "model", dropout=0.1)
-    write_rows(folder / "one.jsonl", PAIRS)
-    write_rows(folder / "two.jsonl", [(prompt, answer.upper()) for prompt, answer in PAIRS])
-    (folder / "words.txt").write_text("the quick brown fox jumps over the lazy dog")
-    return folder
-
-
-def command(data: Path, out: Path, kind: str) -> list[str]:
-    options = ["train", "--model", str(data / "model"), "--out", str(out), *KINDS[kind]]
-    one, two, words = (f"{name}={data / file}" for name, file in FILES)
-    options += ["--task", one, "--task", two, "--metric", "two=letter", "--general", words]
-    options += ["--window", "16", "--density", "0.02"]
-    options += ["--steps", "8", "--batch-size", "4", "--importance-rows", "6", "--lr", "0.01"]
-    options += ["--reference-rows", "2", "--reference-tokens", "6", "--checkpoint-every", "2"]
-    options += ["--no-report"]
-    return options
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_another_run_is_not_resumed(
@@ -199,52 +162,16 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def reached(out: Path) -> str:
-    """What the killed run was at, from its state file."""
-    state = out.with_name(out.name + ".unfinished") / "state.json"
-    if not state.exists():
-        return "done" if out.exists() else "loading"
-    value = json.loads(state.read_text())
-    return "finishing" if value["results"]["complete"] else str(value["phase"])
-
-
-def kill_often(data: Path, tmp_path: Path, kind: str, count: int, seed: int) -> Counter[str]:
-    """Kill `count` runs at moments spread over their duration, some of them twice; compare."""
-    draw = random.Random(seed)
-    whole, log = tmp_path / "whole", tmp_path / "log"
-    warm_up(log)
-    duration = run_to_end(command(data, whole, kind), log)
-    wanted, at = outcome(whole), Counter[str]()
-    for i in range(count):
-        out = tmp_path / f"killed-{i}"
-        if run_and_kill(command(data, out, kind), log, duration * (i + draw.random()) / count):
-            at[reached(out)] += 1
-        resumed = [*command(data, out, kind), "--resume"]
-        if i % 2:
-            check_readable(tmp_path)
-            if run_and_kill(resumed, log, duration * draw.random()):
-                at[reached(out)] += 1
-        check_readable(tmp_path)
-        run_to_end(resumed, log)
-        assert outcome(out) == wanted, (kind, i)
-        assert not out.with_name(out.name + ".unfinished").exists()
-    return at
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, kind: str) -> None:
     kill_often(data, tmp_path, kind, 1 if kind != "piece-g" else 3, seed=1)
 
 
 @pytest.mark.slow
-def test_fifty_killed_runs_end_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    at: Counter[str] = Counter()
-    for i, (kind, count) in enumerate(zip(KINDS, (26, 8, 8, 8), strict=True)):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        at += kill_often(data, folder, kind, count, seed=i)
+def test_fifty_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+    at = kill_every_kind(tmp_path)
     assert at.total() >= 50
-    print(f"\n{at.total()} kills, at: {dict(at)}", file=sys.stderr)
+    assert all(at[moment] for moment in MOMENTS), at
 
 
 def kill_at_events(
