@@ -151,6 +151,7 @@ def test_bad_options_are_one_line(
         (["--reference", "x"], "--reference: wanted NAME=PATH, got 'x'"),
         (["--xi", "1"], "xi belongs to piece-s, got method piece-g"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, got 'int8'"),
+        (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
     ],
 )
 def test_bad_values_are_one_line_and_write_nothing(

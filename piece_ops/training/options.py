@@ -39,6 +39,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         group, "--max-tokens", type=int, help="longest row; the start of longer prompts is cut off"
     )
     _add(group, "--dtype", help="of the weights: float32 or bfloat16")
+    _add(group, "--device", help="auto (a GPU if this build has kernels for it), cpu or cuda")
     _add(group, "--seed", type=int, help="decides every order and every sample")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from piece_ops.importance import METHODS
 from piece_ops.training.encoding import FORMATS
-from piece_ops.training.models import DTYPES
+from piece_ops.training.models import DEVICES, DTYPES
 
 TRAIN_METHODS = (*METHODS, "lora", "full")
 """The selection methods, and for comparison a LoRA adapter and every weight."""
@@ -78,6 +78,8 @@ class Settings:
         Rows of each of them.
     dtype : {"float32", "bfloat16"}
         Data type of the weights.
+    device : {"auto", "cpu", "cuda"}
+        Where to work; ``"auto"``: see `piece_ops.training.models.resolve_device`.
     gradient_checkpointing : bool
         Recompute activations in the backward pass: less memory, about a third more time.
     seed : int
@@ -124,6 +126,7 @@ class Settings:
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
     dtype: str = "float32"
+    device: str = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -131,6 +134,7 @@ class Settings:
         self._one_of("method", TRAIN_METHODS)
         self._one_of("prompt_format", FORMATS)
         self._one_of("dtype", tuple(DTYPES))
+        self._one_of("device", DEVICES)
         self._check("density", 0 < self.density <= 1, "above 0 and at most 1")
         self._check("lr", 0 < self.lr < math.inf, "a finite number above 0")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")

@@ -131,7 +131,7 @@ class RunState:
 def made_with() -> dict[str, Any]:
     """Return what the last bits of a result depend on, beside the run itself."""
     found = machine()
-    kept = ("architecture", "instruction_set", "threads")
+    kept = ("architecture", "instruction_set", "threads", "gpu")
     return {**versions(), **{key: found[key] for key in kept}}
 
 

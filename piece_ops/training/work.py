@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from piece_ops.training.data import Data
 from piece_ops.training.learner import make_learner
 from piece_ops.training.measure import evaluate, text_loss
 from piece_ops.training.memory import peak_memory
-from piece_ops.training.models import load_model, save_model
+from piece_ops.training.models import load_model, resolve_device, save_model
 from piece_ops.training.output import TaskFiles
 from piece_ops.training.page import keep_report
 from piece_ops.training.results import ROWS, Results
@@ -75,6 +76,7 @@ class Work:
         say: Callable[[str], None],
     ) -> None:
         self.settings, self.show, self.say = settings, show, say
+        device = resolve_device(settings.device)
         # Everything that can be wrong with the data is found here, before the model is loaded.
         data = Data(source, tasks, settings, texts)
         self.tasks, self.texts, self.train_rows = data.tasks, data.texts, data.train_rows
@@ -85,7 +87,7 @@ class Work:
         seconds: dict[str, float] = {}
         memory: dict[str, int] = {}
         with metered(seconds, memory, "load"):
-            self.model = load_model(source, dtype=settings.dtype)
+            self.model = load_model(source, dtype=settings.dtype, device=device)
         results = Results(
             model=source,
             settings=settings,
@@ -96,7 +98,7 @@ class Work:
             base_memory=memory,
         )
         base = fingerprint(dict(self.model.named_parameters()), {}, {})
-        identity = data.identity(settings, self.chooser.reference, base)
+        identity = data.identity(replace(settings, device=device), self.chooser.reference, base)
         self.state = RunState(identity, made_with(), results)
         self._parent = ""  # digest of the last delta that the model holds
 
