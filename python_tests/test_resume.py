@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -172,6 +173,53 @@ def test_fifty_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     at = kill_every_kind(tmp_path)
     assert at.total() >= 50
     assert all(at[moment] for moment in MOMENTS), at
+
+
+def first_task(arguments: list[str]) -> list[str]:
+    """The same command with the second task left out."""
+    kept = list(arguments)
+    for option, value in itertools.pairwise(arguments):
+        if value.startswith("two="):
+            at = kept.index(value)
+            assert kept[at - 1] == option
+            del kept[at - 1 : at + 1]
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["piece-g", "lora"])
+def test_a_complete_run_goes_on_with_appended_tasks(data: Path, tmp_path: Path, kind: str) -> None:
+    """The end is that of a run which had them from the start, killed on the way or not."""
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "out"
+    run_to_end(command(data, whole, kind), log)
+    longer = [*command(data, out, kind), "--resume"]
+    run_to_end(first_task(command(data, out, kind)), log)
+    short = outcome(out)
+    for event in (1, 5, 25, 40):  # copying, then measuring the base model, then the new task
+        assert run_until_event(longer, log, event)
+        assert outcome(out) == short
+    run_to_end(longer, log)
+    assert outcome(out) == outcome(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "log"}
+
+
+def test_what_cannot_be_appended_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    longer = [*command(data, out, "full"), "--resume"]
+    run_to_end(first_task(command(data, out, "full")), log)
+    before = contents(tmp_path)
+    assert cli.main(longer) == 2
+    assert "that keep what each task changed, got full" in capsys.readouterr().err
+    assert cli.main([*longer, "--seed", "1"]) == 2
+    assert "setting seed was 0, is 1" in capsys.readouterr().err
+    one, two, _ = (f"{name}={data / file}" for name, file in FILES)
+    assert cli.main([{one: two, two: one}.get(argument, argument) for argument in longer]) == 2
+    assert 'task names was "one", is "two, one"' in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    run_until_event(first_task(command(data, tmp_path / "half", "lora")), log, 30)
+    assert cli.main([*command(data, tmp_path / "half", "lora"), "--resume"]) == 2
+    assert "tasks can be appended to a complete run" in capsys.readouterr().err
 
 
 def kill_at_events(

@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+_cuda: Any = torch.cuda
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -40,12 +43,12 @@ def peak_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
 
 @contextmanager
 def _gpu_peak(peaks: dict[str, int], name: str) -> Iterator[None]:
-    if torch.cuda.is_initialized():
+    if _cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
         yield
     finally:
-        if torch.cuda.is_initialized():  # also when the block was the first to use it
+        if _cuda.is_initialized():  # also when the block was the first to use it
             peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated())
 
 

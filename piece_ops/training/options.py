@@ -116,7 +116,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-statistics",
         action="store_true",
-        help="piece-g: also keep away from what the earlier tasks need, by stored statistics",
+        help="store what each task needs; piece-g also keeps away from what earlier ones need",
     )
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
@@ -133,7 +133,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an interrupted run; give the same options as when it was started",
+        help="go on with an interrupted run, with the same options as when it was started; or with "
+        "a complete one, to which tasks are appended",
     )
     parser.add_argument(
         "--checkpoint-every",

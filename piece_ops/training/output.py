@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -181,6 +182,39 @@ class RunFolder:
                 f"output folder {self.out}: an unfinished run is in {self.work} (interrupted, "
                 "or still at work); --resume goes on with it, --overwrite drops it"
             )
+
+    def extend(self, write_state: Callable[[Path], object]) -> None:
+        """Begin an unfinished run with the files of the complete one, its model and report aside.
+
+        The complete one stays where it is until its successor is complete, too.
+
+        Parameters
+        ----------
+        write_state : callable
+            Gets the new folder, where it writes the state to go on from.
+
+        Raises
+        ------
+        OutputError
+            If the folder cannot be written, or another process has just begun to.
+        """
+        temporary = self.work.with_name(f".{self.work.name}.{os.getpid()}.tmp")
+        not_copied = shutil.ignore_patterns("model", "report*", LOCK, STATE, ".*.tmp")
+        try:
+            for left in self.work.parent.glob(f".{self.work.name}.*.tmp"):
+                shutil.rmtree(left)
+            shutil.copytree(self.out, temporary, ignore=not_copied)
+            write_state(temporary)
+            sync_tree(temporary)
+            os.rename(temporary, self.work)
+            sync_folder(self.work.parent)
+        except OSError as error:
+            raise OutputError(
+                f"output folder {self.out}: cannot be extended: {error.strerror}"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._is_begun, self.is_complete = True, False
 
     def __enter__(self) -> RunFolder:
         """Make the work folder and lock it; without a run to go on with it is then empty."""

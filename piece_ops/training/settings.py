@@ -48,7 +48,8 @@ class Settings:
     reference_rows, reference_tokens : int
         How many texts (or rows of the file) the reference has, and the most tokens of a text.
     keep_statistics : bool
-        For ``piece-g``: also keep what earlier tasks need, by their stored square sums.
+        Store what each task needs, as square sums; ``piece-g`` also keeps away from what the
+        earlier tasks need.
     xi : float, optional
         For ``piece-s``: the constant under the root, on the mean scale; None is 1 / importance
         rows.
@@ -165,10 +166,10 @@ class Settings:
             self._check(name, value is None or value >= 1, "at least 1")
         if self.lm_eval_limit is not None and not self.lm_eval:
             raise ValueError("piece_ops.Settings: lm_eval_limit belongs to lm_eval, got no tasks")
-        if not self.is_sparse and (self.protect or self.refresh):
+        if not self.is_sparse and (self.protect or self.refresh or self.keep_statistics):
             raise ValueError(
-                "piece_ops.Settings: protect and refresh belong to methods that select, got method "
-                f"{self.method}"
+                "piece_ops.Settings: protect, refresh and keep_statistics belong to methods that "
+                f"select, got method {self.method}"
             )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
@@ -185,10 +186,6 @@ class Settings:
             # masters of what they train.
             raise ValueError(
                 f"piece_ops.Settings: method full needs dtype float32, got {self.dtype}"
-            )
-        if self.keep_statistics and self.method != "piece-g":
-            raise ValueError(
-                f"piece_ops.Settings: keep_statistics belongs to piece-g, got method {self.method}"
             )
         if self.reference != "self" and self.method != "piece-g":
             raise ValueError(
