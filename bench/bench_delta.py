@@ -1,5 +1,8 @@
 """Two tasks on a live SmolLM2-135M (random weights), 0.1 % each: switching, against loading again.
 
+A model's folder is of the model's dtype, or of float32 and loaded as bfloat16 ("cast"): many
+models are published so, and then loading converts every weight.
+
 Bytes of a switch: 8 (index) + 1 value read + 1 weight written, for the k coordinates of the task
 that leaves and those of the one that comes; each weight lies alone in a cache line of 64. The files
 come from the page cache. transformers maps a file of the wanted dtype and reads nothing: "and read"
@@ -11,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +89,24 @@ class _Switching:
         return None if right else "other weights"
 
 
-def switch(quick: bool, dtype: torch.dtype) -> Case:
+def _bytes_on_disk(delta: Delta) -> tuple[float, float]:
+    """Bytes a coordinate of the delta's file: of its content, and with the header."""
+    content = 4 + 2 * next(iter(delta.values.values())).element_size()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "delta.safetensors"
+        delta.save(path)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+    assert size - header == content * delta.k
+    return (size - header) / delta.k, size / delta.k
+
+
+def switch(quick: bool, dtype: torch.dtype, stored: torch.dtype) -> Case:
     from transformers import AutoModelForCausalLM
 
     folder = tempfile.TemporaryDirectory()
-    _model(quick, dtype).save_pretrained(folder.name)
+    _model(quick, stored).save_pretrained(folder.name)
     load = partial(AutoModelForCausalLM.from_pretrained, folder.name, dtype=dtype)
 
     def load_and_read(_keep: Any = folder) -> Any:
@@ -102,6 +119,8 @@ def switch(quick: bool, dtype: torch.dtype) -> Case:
     deltas = [_task(models[0], seed) for seed in (1, 2)]
     bound, checked = _Switching(models[0], deltas, True), _Switching(models[1], deltas, False)
     n_bytes = sum(delta.k for delta in deltas) * (8 + 2 * dtype.itemsize)
+    content, whole = _bytes_on_disk(deltas[0])
+    allowed = 4 + 2 * dtype.itemsize
     return Case(
         "delta",
         str(dtype).removeprefix("torch."),
@@ -116,11 +135,17 @@ def switch(quick: bool, dtype: torch.dtype) -> Case:
         [
             Target("faster than loading again", time_ratio(LOAD, OURS), 50, at_most=False),
             Target("faster than loading and reading", time_ratio(READ, OURS), 50, at_most=False),
+            Target("content on disk, a coordinate", lambda _: content, allowed, True, "B"),
+            Target("file on disk, a coordinate", lambda _: whole, allowed, True, "B"),
         ],
     )
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        yield f"two tasks of 0.1 % of SmolLM2-135M, {name}", partial(switch, quick, dtype)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for name, dtype, stored in (
+        ("bfloat16", bf16, bf16),
+        ("bfloat16, cast", bf16, fp32),
+        ("float32", fp32, fp32),
+    ):
+        yield f"two tasks of 0.1 % of SmolLM2-135M, {name}", partial(switch, quick, dtype, stored)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,18 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], *, file_format: str, version: int, where: str
-) -> tuple[dict[str, Any], list[str], Callable[[str], torch.Tensor]]:
-    """Open a file of `write_tensors`: its info, its tensor names, and a reader for one tensor.
+    path: str | os.PathLike[str],
+    *,
+    file_format: str,
+    version: int,
+    where: str,
+    older: Sequence[int] = (),
+) -> tuple[dict[str, Any], list[str], Callable[[str], torch.Tensor], int]:
+    """Open a file of `write_tensors`: info, names, a reader for one tensor, and the version.
 
     Tensors are read one by one (each a copy of its own), so a large file never has to be held
-    twice. Raises FileNotFoundError, or ValueError when the file is not what it should be.
+    twice. Files of the `older` versions are opened, too. Raises FileNotFoundError, or ValueError
+    when the file is not what it should be.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: wanted a file, got {str(path)!r}, which is not one")
@@ -144,7 +150,7 @@ def read_tensors(
         raise ValueError(
             f"{where}: {str(path)!r} must hold {file_format!r}, got {header.get('format')!r}"
         )
-    if header.get("version") != str(version):
+    if header.get("version") not in {str(known) for known in (version, *older)}:
         raise ValueError(
             f"{where}: {str(path)!r} must have format version {version}, got "
             f"{header.get('version')!r}; it was written by another release of piece_ops"
@@ -160,4 +166,4 @@ def read_tensors(
         tensor: torch.Tensor = handle.get_tensor(name)
         return tensor.clone()
 
-    return info, list(handle.keys()), read
+    return info, list(handle.keys()), read, int(header["version"])

@@ -130,15 +130,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     from piece_ops._files import write_json
     from piece_ops.training.data import check_names, load_texts, make_encoder
     from piece_ops.training.measure import evaluate, text_loss
-    from piece_ops.training.models import load_model, load_tokenizer
+    from piece_ops.training.models import load_model, load_tokenizer, resolve_device
     from piece_ops.training.report import format_table, nats, percent, perplexity_text
 
     settings = settings_of(arguments)
+    device = resolve_device(settings.device)
     tasks = [task for task, _ in tasks_of(arguments)]
     check_names([task.name for task in tasks], "task")
     encoder = make_encoder(load_tokenizer(arguments.model), settings)
     texts = load_texts(encoder, texts_of(arguments), settings)
-    model = load_model(arguments.model, dtype=settings.dtype)
+    model = load_model(arguments.model, dtype=settings.dtype, device=device)
     rows, found = [], {}
     for task in tasks:
         score = evaluate(
@@ -175,10 +176,11 @@ def _select(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops select``."""
     from piece_ops.training.choose import Chooser
     from piece_ops.training.data import make_encoder
-    from piece_ops.training.models import load_model, load_tokenizer
+    from piece_ops.training.models import load_model, load_tokenizer, resolve_device
     from piece_ops.training.tasks import TaskError
 
     settings = settings_of(arguments)
+    device = resolve_device(settings.device)
     tasks = [task for task, _ in tasks_of(arguments)]
     if len(tasks) != 1:
         raise TaskError(f"piece-ops select: wanted one --task, got {len(tasks)}")
@@ -187,7 +189,7 @@ def _select(arguments: argparse.Namespace) -> int:
     encoder = make_encoder(load_tokenizer(arguments.model), settings)
     chooser = Chooser(encoder, settings)
     rows = encoder.encode_all(tasks[0].train)
-    model = load_model(arguments.model, dtype=settings.dtype)
+    model = load_model(arguments.model, dtype=settings.dtype, device=device)
     selection = chooser.select(model, rows, tasks[0].name, 0, show=sys.stderr.isatty())
     print(selection.report())
     if arguments.out:

@@ -158,7 +158,9 @@ class Selection:
             together (order, range, counts).
         """
         where = "piece_ops.Selection.load"
-        info, names, read = read_tensors(path, file_format=_FORMAT, version=_VERSION, where=where)
+        info, names, read, _ = read_tensors(
+            path, file_format=_FORMAT, version=_VERSION, where=where
+        )
         try:
             shapes = {str(name): tuple(shape) for name, shape in info["shapes"].items()}
             total, k, method = int(info["total"]), int(info["k"]), str(info["method"])

@@ -12,6 +12,7 @@ import pytest
 import piece_ops
 from piece_ops import cli
 from piece_ops.selection import Selection
+from piece_ops.training.output import OutputError, RunFolder
 
 from helpers.tiny_lm import save_tiny, write_rows
 
@@ -96,6 +97,19 @@ def test_info_says_what_the_build_holds(capsys: pytest.CaptureFixture[str]) -> N
         assert word in printed
 
 
+def test_without_file_locks_all_but_a_run_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys; sys.modules.update(fcntl=None, resource=None)\n"  # as on Windows
+        "from piece_ops.cli import main; sys.exit(main(['info']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(OutputError, match="needs the file locks of Linux or macOS"):
+        RunFolder(tmp_path / "out").__enter__()
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "piece_ops", "--version"], capture_output=True, text=True, check=True
@@ -137,6 +151,7 @@ def test_bad_options_are_one_line(
         (["--reference", "x"], "--reference: wanted NAME=PATH, got 'x'"),
         (["--xi", "1"], "xi belongs to piece-s, got method piece-g"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, got 'int8'"),
+        (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
     ],
 )
 def test_bad_values_are_one_line_and_write_nothing(

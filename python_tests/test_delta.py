@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from piece_ops import Delta, PieceModel, Selection, SparseAdamW
@@ -116,6 +120,7 @@ def test_a_copy_of_the_wrapper_has_its_own_delta() -> None:
 def test_file_round_trip(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "task.safetensors"
     delta = train(MODELS[kind](), task="a", base="b", parent="c" * 64)
+    delta = replace(delta, tip="d" * 64)
     delta.save(path)
     loaded = Delta.load(path)
     for name in (
@@ -126,6 +131,7 @@ def test_file_round_trip(kind: str, tmp_path: Path) -> None:
         "method",
         "task",
         "parent",
+        "tip",
         "k",
         "total",
     ):
@@ -168,6 +174,39 @@ def test_a_parameter_past_int32_and_an_empty_delta(tmp_path: Path) -> None:
     assert Delta.load(tmp_path / "b").k == 0
 
 
+def test_files_of_version_1_are_read_and_keep_their_digest(tmp_path: Path) -> None:
+    delta = train(llama(), task="mail", parent="c" * 64)
+    delta.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", framework="pt") as file:
+        info = json.loads(file.metadata()["info"])
+    del info["forms"], info["parameters"], info["tip"], info["sha256"]
+    info["shapes"] = {name: list(shape) for name, shape in delta.shapes.items()}
+    info["dtypes"] = dict.fromkeys(delta.shapes, "float32")
+    tensors = load_file(tmp_path / "new")
+    sha = hashlib.sha256(json.dumps(info, sort_keys=True, separators=(",", ":")).encode())
+    for key, tensor in sorted(tensors.items()):
+        sha.update(f"\n{key}\t{str(tensor.dtype)[6:]}\t{tensor.numel()}\n".encode())
+        sha.update(tensor.numpy().tobytes())
+    header = {"format": "piece_ops.delta", "version": "1"}
+    info["sha256"] = sha.hexdigest()
+    save_file(tensors, tmp_path / "old", {**header, "info": json.dumps(info)})
+    loaded = Delta.load(tmp_path / "old")
+    assert loaded.digest == sha.hexdigest() != delta.digest
+    assert (loaded.shapes, loaded.dtypes) == (delta.shapes, delta.dtypes)
+    assert (loaded.task, loaded.parent, loaded.tip) == ("mail", "c" * 64, "")
+    loaded.save(tmp_path / "again")
+    assert Delta.load(tmp_path / "again").digest == delta.digest
+    info["task"] = "law"
+    save_file(tensors, tmp_path / "old", {**header, "info": json.dumps(info)})
+    with pytest.raises(ValueError, match="the SHA-256 of its content must be"):
+        Delta.load(tmp_path / "old")
+
+
+def test_a_form_without_a_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shapes and dtypes .* same names.*1 in one .*\['a'\]"):
+        Delta({}, {}, {}, {"a": (2,)}, {}, "f")
+
+
 def saved(tmp_path: Path) -> Path:
     """A delta of two coordinates in the file."""
     two = torch.tensor([1.0, 2.0])
@@ -182,12 +221,16 @@ def saved(tmp_path: Path) -> Path:
     ("change", "message"),
     [
         ({"format": "other"}, "must hold 'piece_ops.delta', got 'other'"),
-        ({"version": "2"}, "must have format version 1, got '2'"),
+        ({"version": "3"}, "must have format version 2, got '3'"),
+        ({"version": "1"}, "header .* is incomplete: KeyError"),
         ({"info": "{"}, "the header .* cannot be read"),
-        ({"info_shapes": 3}, "header .* is incomplete"),
-        ({"info_shapes": {"a": [2, -2]}}, r"the shape of 'a' is \[2, -2\]"),
-        ({"info_dtypes": {"a": "nn"}}, "the dtype of 'a' is 'nn'"),
-        ({"info_dtypes": {"b": "float32"}}, r"shapes and dtypes .* same names.*\['a', 'b'\]"),
+        ({"info_forms": 3}, "header .* is incomplete"),
+        ({"info_forms": []}, "header .* is incomplete"),
+        ({"info_forms": [[]]}, "header .* is incomplete"),
+        ({"info_parameters": {"a": "0"}}, "header .* is incomplete"),
+        ({"info_parameters": {"b": 0}}, "every parameter needs its shape, got none for 'a'"),
+        ({"info_forms": [["float32", 2, -2]]}, r"the shape of 'a' is \[2, -2\]"),
+        ({"info_forms": [["nn", 2, 2]]}, "the dtype of 'a' is 'nn'"),
         ({"info_task": None}, "task is None"),
         ({"info_k": 5}, "damaged: k must be 2 like the content, got 5"),
         ({"info_total": 5}, "damaged: total must be 4 like the content, got 5"),

@@ -142,8 +142,32 @@ def test_then_makes_one_delta_of_a_stack() -> None:
     assert same(model, trained)
     with pytest.raises(ValueError, match=r"got other base values at \d+ coordinates, in \d+ tens"):
         second.then(first)
-    with pytest.raises(ValueError, match="the same parameters"):
-        first.then(train(llama(tied=True)))
+    for function in (first.then, first.overlap):
+        with pytest.raises(ValueError, match=r"the same parameters.* 1 that differ.* and missing"):
+            function(train(llama(tied=True)))
+        with pytest.raises(ValueError, match=r"the same parameters.* 21 that differ.*bfloat16"):
+            function(train(llama(dtype=torch.bfloat16)))
+
+
+def test_then_wants_the_next_delta_of_the_stack_also_without_shared_coordinates() -> None:
+    model = llama()
+    first = train(model, seed=1, density=0.02)
+    second = train(model, seed=2, density=1e-3, parent=first)
+    third = train(model, seed=3, density=1e-3, parent=second)
+    trained = snapshot(model)
+    assert not first.overlap(second).shared and not first.overlap(third).shared
+    whole = first.then(second).then(third)
+    assert whole.tip == third.digest == first.then(second.then(third)).tip
+    whole.revert_(model)
+    whole.apply_(model)
+    assert same(model, trained)
+    with pytest.raises(ValueError, match=f"got one made on top of the delta {second.digest[:12]}"):
+        first.then(third)
+    whole.revert_(model)
+    beside = train(model, seed=2, density=1e-3)  # of the base, like the first one
+    assert not first.overlap(beside).shared
+    with pytest.raises(ValueError, match="got one made on the first one's own base"):
+        first.then(beside)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from piece_ops import Delta, PieceModel, Selection
 from piece_ops.cli import main
 from piece_ops.delta import rewrite
-from piece_ops.delta.folder import INDEX, UNFINISHED
+from piece_ops.delta.folder import INDEX, mark
 
 from helpers.deltas import same, snapshot, train
 from helpers.tiny_models import MODELS, llama
@@ -115,6 +115,16 @@ def test_links_into_a_cache_are_replaced_not_followed(case: Case, tmp_path: Path
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == case.base
 
 
+def elsewhere(case: Case) -> Delta:
+    """A delta of one coordinate that the case's delta leaves alone, and of its base values."""
+    name = "lm_head.weight"
+    taken = set(case.delta.indices[name].tolist())
+    at = torch.tensor([next(i for i in range(len(taken) + 1) if i not in taken)])
+    held = case.trained[name].reshape(-1)[at]
+    shapes, dtypes = case.delta.shapes, case.delta.dtypes
+    return Delta({name: at}, {name: held + 1}, {name: held}, shapes, dtypes, fingerprint="any")
+
+
 @pytest.mark.parametrize("moment", range(9))
 @pytest.mark.parametrize("revert", [False, True])
 def test_a_crash_at_any_moment_is_noticed_and_mended(
@@ -152,12 +162,17 @@ def test_a_crash_at_any_moment_is_noticed_and_mended(
         else:
             rewrite(case.delta, case.folder, revert=revert)
     if 1 <= moment < shards + 2:
-        assert (case.folder / (INDEX + UNFINISHED)).exists()
+        assert (case.folder / (INDEX + mark(case.delta.digest))).exists()
         with pytest.raises(OSError):
             case.loaded(case.folder)
         with pytest.raises(ValueError, match="interrupted apply or revert"):
             rewrite(case.delta, case.folder, tmp_path / "out", revert=revert)
         assert main(["delta", "diff", str(case.folder), str(case.folder)]) == 2
+        other = elsewhere(case)
+        half = case.files()
+        with pytest.raises(ValueError, match=r"of the delta \w{12}, which must be called again"):
+            rewrite(other, case.folder, strict=False)
+        assert case.files() == half
         rewrite(case.delta, case.folder, revert=revert)
     elif moment == 0:
         assert {n: b for n, b in case.files().items() if n in old} == old

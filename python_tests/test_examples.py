@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,11 +39,25 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "shared"}
 
 
+def fall(printed: str) -> float:
+    """By how much the evaluation loss fell, as the example says at its end."""
+    before, after = re.findall(r"evaluation loss ([\d.]+) -> ([\d.]+)", printed)[-1]
+    return float(before) - float(after)
+
+
+def moved(delta: Delta) -> int:
+    """How many coordinates hold another value than the base model."""
+    return sum(int((delta.values[n] != delta.base_values[n]).sum()) for n in delta.indices)
+
+
 @pytest.mark.parametrize("example", NEEDS, indirect=True)
-def test_an_example_trains_saves_little_and_resumes(example: ModuleType, tmp_path: Path) -> None:
+def test_an_example_trains_saves_little_and_resumes(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
     options = ["--density", "0.01", "--lr", "1e-2"]
     trained = example.main([*options, "--out", str(whole)])
+    assert fall(capsys.readouterr().out) > 0.5  # nats, of 5.6
     example.main([*options, "--out", str(half), "--steps", "4"])
     resumed = example.main([*options, "--out", str(half), "--resume"])
     again = dict(resumed.values.named_parameters())
@@ -55,7 +70,31 @@ def test_an_example_trains_saves_little_and_resumes(example: ModuleType, tmp_pat
 
     delta = Delta.from_pretrained(whole)
     assert delta.task == "colours" and delta.k == trained.selection.k
+    assert moved(delta) > 0.9 * delta.k  # the rest is rounded away in bfloat16
     base, _ = sys.modules["shared"].load("tiny")
     loaded = PieceModel.from_pretrained(base, whole)
     for name, weight in trained.model.named_parameters():
         assert torch.equal(weight, loaded.model.get_parameter(name)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", NEEDS, indirect=True)
+def test_an_example_on_smollm2(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0.1 % of 135 M: checkpoints of at most 3 MB, beside the tokenizer that trl's trainer adds."""
+    from demo.model import prepare_model
+
+    folder = prepare_model(Path(__file__).parents[1] / ".cache")
+    example.main(["--model", str(folder), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    files = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-6").iterdir()}
+    added = {path.name for path in folder.iterdir()} | {"tokenizer_config.json"}
+    small = sum(size for name, size in files.items() if name not in added)
+    with capsys.disabled():
+        last = printed.splitlines()[-1].replace(str(tmp_path), "out")
+        print(f"\n{example.__name__}: {last}; without a tokenizer {small:,}")
+    assert small <= 3e6
+    assert fall(printed) > 0
+    delta = Delta.from_pretrained(tmp_path)
+    assert delta.k == 134_515 and moved(delta) > 0.5 * delta.k

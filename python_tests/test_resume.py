@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import random
 import shutil
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,49 +14,15 @@ import pytest
 from piece_ops import cli
 from piece_ops.training.output import OutputError, RunFolder
 
-from helpers.killing import (
-    check_readable,
-    events,
-    outcome,
-    run_and_kill,
-    run_to_end,
-    run_until_event,
-    warm_up,
-)
+from helpers.killing import check_readable, events, outcome, run_to_end, run_until_event
+from helpers.killing_often import MOMENTS, kill_every_kind, kill_often
+from helpers.small_runs import FILES, KINDS, PAIRS, command, make_data
 from helpers.tiny_lm import save_tiny, write_rows
-
-PAIRS = [(f"{name}?", kind) for name in "abcdefghij" for kind in ("red", "blue")]
-
-FILES = [("one", "one.jsonl"), ("two", "two.jsonl"), ("words", "words.txt")]
-
-KINDS: dict[str, list[str]] = {
-    "piece-g": ["--method", "piece-g", "--keep-statistics", "--protect", "--refresh", "3"],
-    "piece-f in bfloat16": ["--method", "piece-f", "--dtype", "bfloat16"],
-    "lora": ["--method", "lora"],
-    "full": ["--method", "full"],
-}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, two tasks and a text."""
-    folder = tmp_path_factory.mktemp("data")
-    save_tiny(folder / "model", dropout=0.1)
-    write_rows(folder / "one.jsonl", PAIRS)
-    write_rows(folder / "two.jsonl", [(prompt, answer.upper()) for prompt, answer in PAIRS])
-    (folder / "words.txt").write_text("the quick brown fox jumps over the lazy dog")
-    return folder
-
-
-def command(data: Path, out: Path, kind: str) -> list[str]:
-    options = ["train", "--model", str(data / "model"), "--out", str(out), *KINDS[kind]]
-    one, two, words = (f"{name}={data / file}" for name, file in FILES)
-    options += ["--task", one, "--task", two, "--metric", "two=letter", "--general", words]
-    options += ["--window", "16", "--density", "0.02"]
-    options += ["--steps", "8", "--batch-size", "4", "--importance-rows", "6", "--lr", "0.01"]
-    options += ["--reference-rows", "2", "--reference-tokens", "6", "--checkpoint-every", "2"]
-    options += ["--no-report"]
-    return options
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_another_run_is_not_resumed(
@@ -92,6 +56,22 @@ def test_another_run_is_not_resumed(
     )
     assert "general text content words was" in refused((words, f"words={other / 'words.txt'}"))
     assert "base model was" in refused((str(data / "model"), str(other / "model")))
+
+
+def test_a_reference_is_known_by_its_rows_and_not_by_its_place(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = write_rows(tmp_path / "kept.jsonl", PAIRS[:5])
+    start = command(data, tmp_path / "out", "piece-g")
+    run_until_event([*start, "--reference", f"kept={kept}"], tmp_path / "log", 12)
+    kept.rename(tmp_path / "moved.jsonl")
+    write_rows(kept, PAIRS[5:])
+    assert cli.main([*start, "--reference", f"kept={kept}", "--resume"]) == 2
+    assert "reference content was" in capsys.readouterr().err
+    moved = f"={tmp_path / 'moved.jsonl'}"
+    assert cli.main([*start, "--reference", f"other{moved}", "--resume"]) == 2
+    assert 'setting reference was "kept", is "other"' in capsys.readouterr().err
+    assert cli.main([*start, "--reference", f"kept{moved}", "--resume"]) == 0
 
 
 def test_a_run_that_works_or_is_complete(
@@ -183,52 +163,63 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def reached(out: Path) -> str:
-    """What the killed run was at, from its state file."""
-    state = out.with_name(out.name + ".unfinished") / "state.json"
-    if not state.exists():
-        return "done" if out.exists() else "loading"
-    value = json.loads(state.read_text())
-    return "finishing" if value["results"]["complete"] else str(value["phase"])
-
-
-def kill_often(data: Path, tmp_path: Path, kind: str, count: int, seed: int) -> Counter[str]:
-    """Kill `count` runs at moments spread over their duration, some of them twice; compare."""
-    draw = random.Random(seed)
-    whole, log = tmp_path / "whole", tmp_path / "log"
-    warm_up(log)
-    duration = run_to_end(command(data, whole, kind), log)
-    wanted, at = outcome(whole), Counter[str]()
-    for i in range(count):
-        out = tmp_path / f"killed-{i}"
-        if run_and_kill(command(data, out, kind), log, duration * (i + draw.random()) / count):
-            at[reached(out)] += 1
-        resumed = [*command(data, out, kind), "--resume"]
-        if i % 2:
-            check_readable(tmp_path)
-            if run_and_kill(resumed, log, duration * draw.random()):
-                at[reached(out)] += 1
-        check_readable(tmp_path)
-        run_to_end(resumed, log)
-        assert outcome(out) == wanted, (kind, i)
-        assert not out.with_name(out.name + ".unfinished").exists()
-    return at
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, kind: str) -> None:
     kill_often(data, tmp_path, kind, 1 if kind != "piece-g" else 3, seed=1)
 
 
 @pytest.mark.slow
-def test_fifty_killed_runs_end_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    at: Counter[str] = Counter()
-    for i, (kind, count) in enumerate(zip(KINDS, (26, 8, 8, 8), strict=True)):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        at += kill_often(data, folder, kind, count, seed=i)
+def test_fifty_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+    at = kill_every_kind(tmp_path)
     assert at.total() >= 50
-    print(f"\n{at.total()} kills, at: {dict(at)}", file=sys.stderr)
+    assert all(at[moment] for moment in MOMENTS), at
+
+
+def first_task(arguments: list[str]) -> list[str]:
+    """The same command with the second task left out."""
+    kept = list(arguments)
+    for option, value in itertools.pairwise(arguments):
+        if value.startswith("two="):
+            at = kept.index(value)
+            assert kept[at - 1] == option
+            del kept[at - 1 : at + 1]
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["piece-g", "lora"])
+def test_a_complete_run_goes_on_with_appended_tasks(data: Path, tmp_path: Path, kind: str) -> None:
+    """The end is that of a run which had them from the start, killed on the way or not."""
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "out"
+    run_to_end(command(data, whole, kind), log)
+    longer = [*command(data, out, kind), "--resume"]
+    run_to_end(first_task(command(data, out, kind)), log)
+    short = outcome(out)
+    for event in (1, 5, 25, 40):  # copying, then measuring the base model, then the new task
+        assert run_until_event(longer, log, event)
+        assert outcome(out) == short
+    run_to_end(longer, log)
+    assert outcome(out) == outcome(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "log"}
+
+
+def test_what_cannot_be_appended_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    longer = [*command(data, out, "full"), "--resume"]
+    run_to_end(first_task(command(data, out, "full")), log)
+    before = contents(tmp_path)
+    assert cli.main(longer) == 2
+    assert "that keep what each task changed, got full" in capsys.readouterr().err
+    assert cli.main([*longer, "--seed", "1"]) == 2
+    assert "setting seed was 0, is 1" in capsys.readouterr().err
+    one, two, _ = (f"{name}={data / file}" for name, file in FILES)
+    assert cli.main([{one: two, two: one}.get(argument, argument) for argument in longer]) == 2
+    assert 'task names was "one", is "two, one"' in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    run_until_event(first_task(command(data, tmp_path / "half", "lora")), log, 30)
+    assert cli.main([*command(data, tmp_path / "half", "lora"), "--resume"]) == 2
+    assert "tasks can be appended to a complete run" in capsys.readouterr().err
 
 
 def kill_at_events(

@@ -43,7 +43,10 @@ def encoder() -> Encoder:
         ({"prompt_format": "x"}, "prompt_format must be one of"),
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, got 'float64'"),
         ({"method": "full", "dtype": "bfloat16"}, "full needs dtype float32, got bfloat16"),
-        ({"method": "piece-f", "keep_statistics": True}, "belongs to piece-g, got method piece-f"),
+        (
+            {"method": "lora", "keep_statistics": True},
+            "belong to methods that select, got method lora",
+        ),
         ({"method": "piece-f", "reference": "a=b"}, "reference belongs to piece-g"),
         ({"method": "piece-f", "xi": 0.1}, "xi belongs to piece-s"),
         ({"method": "piece-s", "xi": 0.0}, "xi must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from piece_ops._text import format_table
 from piece_ops.delta.bits import bits
+from piece_ops.delta.fingerprint import stride_of
 
 if TYPE_CHECKING:
     from piece_ops.delta.record import Delta
@@ -65,6 +67,7 @@ class Overlap:
 
 def overlap(first: Delta, second: Delta) -> Overlap:
     """See `Delta.overlap`."""
+    _check_same_model(first, second, "piece_ops.Delta.overlap")
     rows = []
     for name in {**first.indices, **second.indices}:
         a, b = first.indices.get(name), second.indices.get(name)
@@ -85,11 +88,51 @@ def common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return here, places[here]
 
 
+def _check_same_model(first: Delta, second: Delta, where: str) -> None:
+    """Raise ValueError unless both are of models with the same parameters, shapes and dtypes."""
+    forms = [{name: (d.dtypes[name], d.shapes[name]) for name in d.shapes} for d in (first, second)]
+    odd = [n for n in {**forms[0], **forms[1]} if forms[0].get(n) != forms[1].get(n)]
+    if odd:
+        name = odd[0]
+        raise ValueError(
+            f"{where}: both deltas must be of models with the same parameters, shapes and dtypes, "
+            f"got {len(odd)} that differ, first {name!r}: {forms[0].get(name, 'missing')} and "
+            f"{forms[1].get(name, 'missing')}"
+        )
+
+
+def _check_follows(first: Delta, second: Delta, where: str) -> None:
+    """Raise ValueError when the second delta is known to be made on another model than that of
+    the first with the first applied.
+    """
+    tip = first.tip or first.digest
+    if second.parent and second.parent != tip:
+        raise ValueError(
+            f"{where}: the second delta must have been made on what the first one leaves, "
+            f"{tip[:12]}, got one made on top of the delta {second.parent[:12]}"
+        )
+    # Without a parent's name: the fingerprint must have changed if a sampled element has.
+    is_seen = any(
+        bool(
+            (
+                (positions % stride_of(math.prod(first.shapes[name])) == 0)
+                & (bits(first.values[name]) != bits(first.base_values[name]))
+            ).any()
+        )
+        for name, positions in first.indices.items()
+    )
+    if is_seen and second.fingerprint == first.fingerprint:
+        raise ValueError(
+            f"{where}: the second delta must have been made on what the first one leaves, got one "
+            "made on the first one's own base (they have one fingerprint)"
+        )
+
+
 def then(first: Delta, second: Delta) -> Delta:
     """See `Delta.then`."""
     where = "piece_ops.Delta.then"
-    if (first.shapes, first.dtypes) != (second.shapes, second.dtypes):
-        raise ValueError(f"{where}: both deltas must be of models with the same parameters")
+    _check_same_model(first, second, where)
+    _check_follows(first, second, where)
     merged: dict[str, Any] = {"indices": {}, "values": {}, "base_values": {}}
     conflicts = {}
     for name in first.shapes:
@@ -122,4 +165,5 @@ def then(first: Delta, second: Delta) -> Delta:
         **merged,
         method=first.method if first.method == second.method else "",
         task=" + ".join(task for task in (first.task, second.task) if task),
+        tip=second.tip or second.digest,
     )

@@ -18,14 +18,14 @@ from piece_ops.delta.fingerprint import dtype_name
 if TYPE_CHECKING:
     from piece_ops.delta.record import Delta
 
-FORMAT, VERSION = "piece_ops.delta", 1
+FORMAT, VERSION = "piece_ops.delta", 2
 KINDS = ("indices", "values", "base_values")
-_TEXTS = ("fingerprint", "base", "method", "task", "parent")
+_TEXTS = ("fingerprint", "base", "method", "task", "parent", "tip")
 
 
 def write(path: str | os.PathLike[str], delta: Delta) -> None:
     """Write a delta, atomically."""
-    info = {**_info(delta), "sha256": delta.digest}
+    info = {**_info(delta), "sha256": digest_of(delta)}
     write_tensors(path, _tensors(delta), file_format=FORMAT, version=VERSION, info=info)
 
 
@@ -35,8 +35,22 @@ def digest_of(delta: Delta) -> str:
 
 
 def _info(delta: Delta) -> dict[str, Any]:
+    """The header: parameters share few forms, so each is written once and then by its number."""
+    forms = {name: (dtype_name(delta.dtypes[name]), *shape) for name, shape in delta.shapes.items()}
+    numbers = {form: number for number, form in enumerate(dict.fromkeys(forms.values()))}
     return {
         **{key: getattr(delta, key) for key in _TEXTS},
+        "k": delta.k,
+        "total": delta.total,
+        "forms": [list(form) for form in numbers],
+        "parameters": {name: numbers[form] for name, form in forms.items()},
+    }
+
+
+def _info_1(delta: Delta) -> dict[str, Any]:
+    """The header in version 1 of the format."""
+    return {
+        **{key: getattr(delta, key) for key in _TEXTS if key != "tip"},
         "k": delta.k,
         "total": delta.total,
         "shapes": {name: list(shape) for name, shape in delta.shapes.items()},
@@ -73,8 +87,12 @@ def _digest(info: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def read(path: str | os.PathLike[str], make: Callable[..., Delta]) -> Delta:
     """See `Delta.load`; `make` is the class."""
     where = "piece_ops.Delta.load"
-    info, keys, read_one = read_tensors(path, file_format=FORMAT, version=VERSION, where=where)
-    shapes, dtypes, texts = _header(info, f"{where}: the header of {str(path)!r} is incomplete")
+    info, keys, read_one, version = read_tensors(
+        path, file_format=FORMAT, version=VERSION, where=where, older=(1,)
+    )
+    is_old = version == 1
+    problem = f"{where}: the header of {str(path)!r} is incomplete"
+    shapes, dtypes, texts = _header(info, is_old, problem)
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     # safetensors keeps no order; the model's order is that of the shapes.
     places = {name: place for place, name in enumerate(shapes)}
@@ -98,31 +116,39 @@ def read(path: str | os.PathLike[str], make: Callable[..., Delta]) -> Delta:
                     f"{count} must be {getattr(delta, count)} like the content, got "
                     f"{info.get(count)!r} in the header"
                 )
-        if info.get("sha256") != delta.digest:
+        found = _digest(_info_1(delta), _tensors(delta)) if is_old else delta.digest
+        if info.get("sha256") != found:
             raise ValueError(
-                f"the SHA-256 of its content must be {info.get('sha256')}, got {delta.digest}"
+                f"the SHA-256 of its content must be {info.get('sha256')}, got {found}"
             )
+        if is_old:  # the name by which its children know it
+            object.__setattr__(delta, "_digest", found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {str(path)!r} is damaged: {error}") from error
     return delta
 
 
 def _header(
-    info: dict[str, Any], problem: str
+    info: dict[str, Any], is_old: bool, problem: str
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, str]]:
     """Shapes, dtypes and texts of the header, in their types."""
     try:
-        shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
-        dtypes = {name: getattr(torch, text) for name, text in info["dtypes"].items()}
+        if is_old:
+            named = {name: (info["dtypes"][name], *shape) for name, shape in info["shapes"].items()}
+            info = {**info, "tip": ""}
+        else:
+            named = {name: info["forms"][number] for name, number in info["parameters"].items()}
+        shapes = {name: tuple(form[1:]) for name, form in named.items()}
+        dtypes = {name: getattr(torch, form[0]) for name, form in named.items()}
         texts = {key: info[key] for key in _TEXTS}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{problem}: {error!r}") from error
     for name, shape in shapes.items():
         if not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"{problem}: the shape of {name!r} is {list(shape)}")
     for name, dtype in dtypes.items():
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{problem}: the dtype of {name!r} is {info['dtypes'][name]!r}")
+            raise ValueError(f"{problem}: the dtype of {name!r} is {named[name][0]!r}")
     for key, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{problem}: {key} is {text!r}")

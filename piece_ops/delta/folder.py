@@ -12,7 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNFINISHED = ".unfinished"  # what an index is called while files are being replaced
+UNFINISHED = ".unfinished"
+
+
+def mark(digest: str) -> str:
+    """What an index's name ends with while a delta of this digest is written."""
+    return f".{digest}{UNFINISHED}"
 
 
 class Folder(Mapping[str, Tensor]):
@@ -24,11 +29,11 @@ class Folder(Mapping[str, Tensor]):
     Attributes
     ----------
     index : Path or None
-        The index file; while `unfinished` under its other name.
+        The index file; while `unfinished` under its other name, see `mark`.
     files : dict of str to Path
         Tensor name -> file.
-    unfinished : bool
-        A rewrite of the files was interrupted (see `rewrite`).
+    unfinished : str
+        Digest of the delta whose `rewrite` of the files was interrupted; empty: none was.
 
     Raises
     ------
@@ -38,7 +43,7 @@ class Folder(Mapping[str, Tensor]):
 
     def __init__(self, path: str | os.PathLike[str], where: str) -> None:
         self.path, self._where = Path(path), where
-        self.unfinished = False
+        self.unfinished = ""
         self.index, single = self._find()
         self._open: dict[Path, Any] = {}
         self.files: dict[str, Path] = {}
@@ -71,10 +76,11 @@ class Folder(Mapping[str, Tensor]):
                 f"{str(self.path)!r}, which is neither"
             )
         for pattern in (INDEX, f"*{INDEX.removeprefix('model')}"):
-            for ending in ("", UNFINISHED):
+            for ending in ("", mark("*")):
                 found = sorted(self.path.glob(pattern + ending))
                 if len(found) == 1:
-                    self.unfinished = bool(ending)
+                    if ending:
+                        self.unfinished = found[0].name.removesuffix(UNFINISHED).rpartition(".")[2]
                     return found[0], found[0]
         for pattern in (SINGLE, "*.safetensors"):
             found = sorted(self.path.glob(pattern))

@@ -45,6 +45,8 @@ class Delta:
         How the coordinates were chosen, and what for. Information only.
     parent : str
         `digest` of the delta that the base model already held, or empty.
+    tip : str
+        Of several deltas made one by `then`: `digest` of the last of them; otherwise empty.
 
     Attributes
     ----------
@@ -85,6 +87,7 @@ class Delta:
     method: str = ""
     task: str = ""
     parent: str = ""
+    tip: str = ""
     k: int = field(init=False)
     total: int = field(init=False)
 
@@ -322,6 +325,11 @@ class Delta:
 
         Deltas of one base that share no coordinate can be applied together, in any order, with
         ``strict=False``.
+
+        Raises
+        ------
+        ValueError
+            When the two are of models with other parameters, shapes or dtypes, with the names.
         """
         return algebra.overlap(self, other)
 
@@ -331,6 +339,8 @@ class Delta:
         Raises
         ------
         ValueError
-            When `other` has other base values at a shared coordinate, with tensors and counts.
+            When `other` has another parent, or was made on this delta's own base, or has other base
+            values at a shared coordinate (with tensors and counts), or is of another model. A delta
+            without a parent that shares no coordinate is known by its fingerprint only, a sample.
         """
         return algebra.then(self, other)

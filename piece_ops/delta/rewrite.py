@@ -3,7 +3,8 @@
 Nothing is loaded as a model and nothing is re-encoded: a file keeps its header and every byte that
 the delta does not change. All new files lie complete on the disk before the first one takes its
 place. Where there are several, the index goes by another name meanwhile: a folder in which a crash
-has left old and new files side by side cannot be loaded, and the next call ends the work.
+has left old and new files side by side cannot be loaded, and the next call with the same delta,
+whose digest is in that other name, ends the work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from piece_ops._files import sync_folder
 from piece_ops.delta import live
 from piece_ops.delta.bits import bits, same_bits
-from piece_ops.delta.folder import UNFINISHED, Folder
+from piece_ops.delta.folder import Folder, mark
 from piece_ops.delta.record import Delta
 
 # Weights in other formats, which would not be changed and so must not travel to another folder.
@@ -81,6 +82,12 @@ def rewrite(
 
 def _check(delta: Delta, source: Folder, revert: bool, strict: bool, where: str) -> list[Path]:
     """Raise unless the files may be changed; which of them must be."""
+    if source.unfinished and source.unfinished != delta.digest:
+        raise ValueError(
+            f"{where}: {str(source.path)!r} holds the files of an interrupted apply or revert of "
+            f"the delta {source.unfinished[:12]}, which must be called again first, got the delta "
+            f"{delta.digest[:12]}. Nothing was written"
+        )
     live.check_structure(delta, source, strict, where)
     old, new = delta.base_values, delta.values
     if revert:
@@ -106,7 +113,7 @@ def _rewrite_in_place(delta: Delta, source: Folder, todo: list[Path], revert: bo
         several = source.index is not None and len(set(source.files.values())) > 1
         index = source.index if several else None
         if index is not None and not source.unfinished:
-            aside = index.with_name(index.name + UNFINISHED)
+            aside = index.with_name(index.name + mark(delta.digest))
             os.rename(index, aside)
             sync_folder(index.parent)
             index = aside
@@ -114,7 +121,7 @@ def _rewrite_in_place(delta: Delta, source: Folder, todo: list[Path], revert: bo
             os.replace(temporary, file)
         sync_folder(source.path if source.path.is_dir() else source.path.parent)
         if index is not None:
-            os.rename(index, index.with_name(index.name.removesuffix(UNFINISHED)))
+            os.rename(index, index.with_name(index.name.removesuffix(mark(delta.digest))))
             sync_folder(index.parent)
     finally:
         for temporary in temporaries.values():

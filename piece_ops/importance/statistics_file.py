@@ -46,7 +46,7 @@ class StatisticsFile:
         where: str,
         names: Collection[str] | None = None,
     ) -> None:
-        info, stored, self._read = read_tensors(
+        info, stored, self._read, _ = read_tensors(
             path, file_format=_FORMAT, version=_VERSION, where=where
         )
         self._path, self._where, self._stored = str(path), where, set(stored)

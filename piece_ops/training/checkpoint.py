@@ -90,7 +90,7 @@ class Checkpoint:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a file of `write_checkpoint`; ValueError when it is damaged."""
-    info, _, read = read_tensors(path, file_format=_FORMAT, version=_VERSION, where=_WHERE)
+    info, _, read, _ = read_tensors(path, file_format=_FORMAT, version=_VERSION, where=_WHERE)
     try:
         for key in ("state", "graded", "cuda"):
             info[key]

@@ -52,7 +52,8 @@ def run(
         Replace a run that is already there, once this one is complete.
     resume : bool
         Go on with an unfinished run in `out`, which ends with the same weights and results as if it
-        had not been interrupted. Without one it is started; a complete one is left as it is.
+        had not been interrupted. Without one it is started; a complete one is left as it is, unless
+        `tasks` has more tasks at its end: these are then learned as if they had been there.
     checkpoint_steps : int, optional
         Keep the training of a task on disk after every so many steps.
     checkpoint_seconds : float
@@ -75,7 +76,8 @@ def run(
     TaskError, ModelError, OutputError
         For bad tasks, a model that cannot be loaded, an output folder that cannot be used.
     ResumeError
-        If the run to be resumed has other settings, data, or another base model.
+        If the run to be resumed has other settings, data, or another base model; if it is of method
+        ``full`` and tasks are appended.
     TrainingError
         If a loss is not finite.
 
@@ -96,10 +98,13 @@ def run(
     work = Work(source, tasks, settings, texts, show, say)
     if folder.is_complete:
         state = RunState.read(folder.out)
-        state.check_same(work.state.identity)
-        folder.tidy()
-        say(f"the run in {folder.out} is complete; there is nothing to do")
-        return state.results
+        count = state.appended(work.state.identity)
+        if not count:
+            folder.tidy()
+            say(f"the run in {folder.out} is complete; there is nothing to do")
+            return state.results
+        state.extend(work.state.identity, work.state.results.tasks[-count:])
+        folder.extend(state.write)
     for record in work.state.results.tasks:
         if record.truncated_rows:
             say(

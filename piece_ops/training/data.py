@@ -94,11 +94,13 @@ class Data:
             "task content": {task.name: digest(_rows(task)) for task in self.tasks},
             "general text content": {text.name: digest(text.windows) for text in self.texts},
             "reference content": None if reference is None else digest(_ids(reference)),
-            "setting": settings.as_dict(),
+            # The name of a reference decides the draw of its rows; where its file lies does not.
+            "setting": {**settings.as_dict(), "reference": settings.reference.split("=")[0]},
             # These stand for the tokenizer.
-            "tokens of all rows": digest(
-                ids for rows in (*self.train_rows, *self._held_out) for ids in _ids(rows)
-            ),
+            "tokens of task": {
+                task.name: digest(ids for rows in sides for ids in _ids(rows))
+                for task, *sides in zip(self.tasks, self.train_rows, self._held_out, strict=True)
+            },
             "base model": base,
         }
 

@@ -6,6 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+_cuda: Any = torch.cuda
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -28,9 +33,27 @@ def peak_rss_bytes() -> int:
 def peak_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
     """Raise ``peaks[phase]`` to the most resident memory in the block, in bytes.
 
-    Only Linux lets a process reset its peak; elsewhere nothing is kept. The whole process counts,
-    also what earlier phases have left in memory.
+    Where CUDA is in use ``peaks["<phase> (GPU)"]`` is raised to the most that torch had allocated
+    on the current device. Only Linux lets a process reset its resident peak; elsewhere none is
+    kept. The whole process counts, also what earlier phases have left in memory.
     """
+    with _gpu_peak(peaks, f"{phase} (GPU)"), _resident_peak(peaks, phase):
+        yield
+
+
+@contextmanager
+def _gpu_peak(peaks: dict[str, int], name: str) -> Iterator[None]:
+    if _cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        if _cuda.is_initialized():  # also when the block was the first to use it
+            peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated())
+
+
+@contextmanager
+def _resident_peak(peaks: dict[str, int], phase: str) -> Iterator[None]:
     global _before_reset
     _before_reset = peak_rss_bytes()
     try:

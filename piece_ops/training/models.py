@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from piece_ops import _native
 from piece_ops.training.extra import require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class ModelError(ValueError):
@@ -42,6 +44,31 @@ def _reason(error: BaseException) -> str:
     """Return the first line of an error's text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def resolve_device(name: str) -> str:
+    """Say where to work: ``"cpu"`` or ``"cuda"``.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        ``"auto"`` is ``"cuda"`` where torch sees a GPU and this build holds CUDA kernels, and
+        ``"cpu"`` elsewhere.
+
+    Raises
+    ------
+    ModelError
+        If ``"cuda"`` is asked for and one of the two is missing; the text says which.
+    """
+    if name == "cpu":
+        return name
+    found = _native.describe()
+    if found["gpu"] and found["cuda_architectures"]:
+        return "cuda"
+    if name == "cuda":
+        lacks = "this build has no CUDA kernels" if found["gpu"] else "torch sees no GPU"
+        raise ModelError(f"device: wanted cuda, but {lacks} (`piece-ops info` says more)")
+    return "cpu"
 
 
 def load_model(source: str, *, dtype: str = "float32", device: str = "cpu") -> Any:

@@ -47,6 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     _add(group, "--train-rows", type=int, help="use only the first so many training rows of a task")
     _add(group, "--held-out-rows", type=int, help="measure on the first so many rows only")
     _add(group, "--dtype", help="of the weights: float32 or bfloat16")
+    _add(group, "--device", help="auto (a GPU if this build has kernels for it), cpu or cuda")
     _add(group, "--seed", type=int, help="decides every order and every sample")
 
 
@@ -123,7 +124,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-statistics",
         action="store_true",
-        help="piece-g: also keep away from what the earlier tasks need, by stored statistics",
+        help="store what each task needs; piece-g also keeps away from what earlier ones need",
     )
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
@@ -140,7 +141,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an interrupted run; give the same options as when it was started",
+        help="go on with an interrupted run, with the same options as when it was started; or with "
+        "a complete one, to which tasks are appended",
     )
     parser.add_argument(
         "--checkpoint-every",

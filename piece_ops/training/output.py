@@ -11,11 +11,11 @@ the process ends in whatever way.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -183,6 +183,39 @@ class RunFolder:
                 "or still at work); --resume goes on with it, --overwrite drops it"
             )
 
+    def extend(self, write_state: Callable[[Path], object]) -> None:
+        """Begin an unfinished run with the files of the complete one, its model and report aside.
+
+        The complete one stays where it is until its successor is complete, too.
+
+        Parameters
+        ----------
+        write_state : callable
+            Gets the new folder, where it writes the state to go on from.
+
+        Raises
+        ------
+        OutputError
+            If the folder cannot be written, or another process has just begun to.
+        """
+        temporary = self.work.with_name(f".{self.work.name}.{os.getpid()}.tmp")
+        not_copied = shutil.ignore_patterns("model", "report*", LOCK, STATE, ".*.tmp")
+        try:
+            for left in self.work.parent.glob(f".{self.work.name}.*.tmp"):
+                shutil.rmtree(left)
+            shutil.copytree(self.out, temporary, ignore=not_copied)
+            write_state(temporary)
+            sync_tree(temporary)
+            os.rename(temporary, self.work)
+            sync_folder(self.work.parent)
+        except OSError as error:
+            raise OutputError(
+                f"output folder {self.out}: cannot be extended: {error.strerror}"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._is_begun, self.is_complete = True, False
+
     def __enter__(self) -> RunFolder:
         """Make the work folder and lock it; without a run to go on with it is then empty."""
         if self._resume and self._is_begun and not self.work.exists():
@@ -205,6 +238,13 @@ class RunFolder:
         return self
 
     def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError as error:  # not on Windows, where all that needs no run still works
+            raise OutputError(
+                f"output folder {self.out}: a run needs the file locks of Linux or macOS, got "
+                "Python without fcntl"
+            ) from error
         self._lock = (self.work / LOCK).open("a+", encoding="ascii")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

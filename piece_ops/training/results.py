@@ -65,7 +65,8 @@ class TaskRecord:
     seconds : dict
         Wall time of the phases: ``select``, ``train``, ``evaluate``, ``general``, ``statistics``.
     memory : dict
-        Most resident bytes in each of them; empty where the system does not tell.
+        Most resident bytes in each of them; empty where the system does not tell. On a GPU also,
+        as ``"<phase> (GPU)"``, the most bytes that torch had allocated there.
     """
 
     name: str
@@ -258,6 +259,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": _native.describe()["isa"],
+        "gpu": _native.describe()["gpu"],
     }
 
 

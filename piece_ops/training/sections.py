@@ -230,6 +230,12 @@ def _cost(results: Results) -> Section:
             [n, *(f"{m[p] / 1e9:.2f}" if p in m else "-" for p in phases)] for n, _, m in meters
         ]
         tables.append(Table("Most resident memory in GB", header, gigabytes))
+    if any(f"{p} (GPU)" in m for _, _, m in meters for p in phases):
+        on_gpu = [
+            [n, *(f"{m[f'{p} (GPU)'] / 1e9:.2f}" if f"{p} (GPU)" in m else "-" for p in phases)]
+            for n, _, m in meters
+        ]
+        tables.append(Table("Most GPU memory allocated by torch in GB", header, on_gpu))
     text = f"{sum(total):,.0f} seconds in all"
     text += (
         f"; at most {results.peak_rss_bytes / 1e9:.2f} GB of memory."

@@ -8,7 +8,7 @@ from typing import Any
 
 from piece_ops.importance import METHODS
 from piece_ops.training.encoding import FORMATS
-from piece_ops.training.models import DTYPES
+from piece_ops.training.models import DEVICES, DTYPES
 
 TRAIN_METHODS = (*METHODS, "lora", "full")
 """The selection methods, and for comparison a LoRA adapter and every weight."""
@@ -48,7 +48,8 @@ class Settings:
     reference_rows, reference_tokens : int
         How many texts (or rows of the file) the reference has, and the most tokens of a text.
     keep_statistics : bool
-        For ``piece-g``: also keep what earlier tasks need, by their stored square sums.
+        Store what each task needs, as square sums; ``piece-g`` also keeps away from what the
+        earlier tasks need.
     xi : float, optional
         For ``piece-s``: the constant under the root, on the mean scale; None is 1 / importance
         rows.
@@ -82,6 +83,8 @@ class Settings:
         Rows of each of them.
     dtype : {"float32", "bfloat16"}
         Data type of the weights.
+    device : {"auto", "cpu", "cuda"}
+        Where to work; ``"auto"``: see `piece_ops.training.models.resolve_device`.
     gradient_checkpointing : bool
         Recompute activations in the backward pass: less memory, about a third more time.
     seed : int
@@ -131,6 +134,7 @@ class Settings:
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
     dtype: str = "float32"
+    device: str = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -138,6 +142,7 @@ class Settings:
         self._one_of("method", TRAIN_METHODS)
         self._one_of("prompt_format", FORMATS)
         self._one_of("dtype", tuple(DTYPES))
+        self._one_of("device", DEVICES)
         self._check("density", 0 < self.density <= 1, "above 0 and at most 1")
         self._check("lr", 0 < self.lr < math.inf, "a finite number above 0")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
@@ -175,10 +180,10 @@ class Settings:
             self._check(name, value is None or value >= 1, "at least 1")
         if self.lm_eval_limit is not None and not self.lm_eval:
             raise ValueError("piece_ops.Settings: lm_eval_limit belongs to lm_eval, got no tasks")
-        if not self.is_sparse and (self.protect or self.refresh):
+        if not self.is_sparse and (self.protect or self.refresh or self.keep_statistics):
             raise ValueError(
-                "piece_ops.Settings: protect and refresh belong to methods that select, got method "
-                f"{self.method}"
+                "piece_ops.Settings: protect, refresh and keep_statistics belong to methods that "
+                f"select, got method {self.method}"
             )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
@@ -195,10 +200,6 @@ class Settings:
             # masters of what they train.
             raise ValueError(
                 f"piece_ops.Settings: method full needs dtype float32, got {self.dtype}"
-            )
-        if self.keep_statistics and self.method != "piece-g":
-            raise ValueError(
-                f"piece_ops.Settings: keep_statistics belongs to piece-g, got method {self.method}"
             )
         if self.reference != "self" and self.method != "piece-g":
             raise ValueError(

@@ -13,12 +13,15 @@ from typing import Any
 
 from piece_ops._files import write_json
 from piece_ops.training.output import STATE, STATE_FORMAT, OutputError
-from piece_ops.training.results import ROWS, Results, finite, machine, versions
+from piece_ops.training.results import ROWS, Results, TaskRecord, finite, machine, versions
 
 VERSION = 1
 
 PHASES = ("select", "train", "statistics", "measure")
-"""Of every task; the base model is measured only. ``save`` comes after the last task."""
+"""Of every task; the base model is measured only. ``save`` comes after the last task, and
+``extend`` after that, when tasks are appended."""
+
+_BY_TASK = ("task metric", "task content", "tokens of task")
 
 
 class ResumeError(OutputError):
@@ -39,7 +42,7 @@ class RunState:
     place : int
         The task at work, from 1; 0 is the base model.
     phase : str
-        The phase to do next, one of `PHASES` or ``"save"``.
+        The phase to do next, one of `PHASES`, ``"save"`` or ``"extend"``.
     row : dict of str to list
         The rows of the result matrices under way, as far as they are measured.
     """
@@ -53,7 +56,9 @@ class RunState:
 
     def advance(self) -> None:
         """Go to the next phase."""
-        if self.phase != PHASES[-1]:
+        if self.phase == "extend":
+            self.place, self.phase = self.place + 1, PHASES[0]
+        elif self.phase != PHASES[-1]:
             self.phase = PHASES[PHASES.index(self.phase) + 1]
         elif self.place < len(self.results.tasks):
             self.place, self.phase = self.place + 1, PHASES[0]
@@ -69,7 +74,7 @@ class RunState:
     @property
     def kept_statistics(self) -> int:
         """For how many tasks the statistics are kept, if they are kept at all."""
-        return self.place if self.phase in ("measure", "save") else self.place - 1
+        return self.place if self.phase in ("measure", "save", "extend") else self.place - 1
 
     def write(self, folder: Path) -> None:
         """Write ``state.json`` into `folder`, atomically."""
@@ -117,6 +122,48 @@ class RunState:
                 raise
             raise ResumeError(f"resume: {path} is damaged: {error!r}") from error
 
+    def appended(self, identity: dict[str, Any]) -> int:
+        """Count the tasks that a run has after those of this complete one.
+
+        Raises
+        ------
+        ResumeError
+            If anything else differs, naming every difference; or with tasks appended to ``full``,
+            which leaves nothing on the disk but its last model.
+        """
+        now = json.loads(json.dumps(identity))
+        then, names = (list(of["task metric"]) for of in (self.identity, now))
+        count = len(names) - len(then) if names[: len(then)] == then else 0
+        if count:
+            now["task names"] = ", ".join(then)
+            for key in _BY_TASK:
+                now[key] = {name: now[key][name] for name in then}
+        self.check_same(now)
+        if count and self.results.settings.method == "full":
+            raise ResumeError(
+                "resume: tasks can be appended to methods that keep what each task changed, got "
+                "full; start a new run from its model"
+            )
+        return count
+
+    def extend(self, identity: dict[str, Any], records: list[TaskRecord]) -> None:
+        """Append tasks to a complete run, which is then to be gone on with.
+
+        Parameters
+        ----------
+        identity : dict
+            Of the longer run.
+        records : list of TaskRecord
+            Of the tasks appended.
+        """
+        self.identity, self.phase = identity, "extend"
+        results = self.results
+        results.tasks += records
+        results.complete = False
+        for matrix in (results.accuracy, results.loss):
+            for row in matrix:
+                row += [None] * len(records)
+
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raise ResumeError, naming every difference, unless the run is the one described."""
         found = differences(self.identity, json.loads(json.dumps(identity)))
@@ -124,14 +171,15 @@ class RunState:
             raise ResumeError(
                 "resume: the run was started with other settings or data: "
                 + "; ".join(found)
-                + ". Give the same ones, or start anew with --overwrite"
+                + ". Give the same ones (tasks can be appended to a complete run), or start anew "
+                "with --overwrite"
             )
 
 
 def made_with() -> dict[str, Any]:
     """Return what the last bits of a result depend on, beside the run itself."""
     found = machine()
-    kept = ("architecture", "instruction_set", "threads")
+    kept = ("architecture", "instruction_set", "threads", "gpu")
     return {**versions(), **{key: found[key] for key in kept}}
 
 

@@ -8,11 +8,9 @@ stored between tasks: it is the base model with the deltas of the tasks so far.
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,32 +19,20 @@ from piece_ops._files import write_folder
 from piece_ops.delta import Delta
 from piece_ops.delta.fingerprint import fingerprint
 from piece_ops.selection import Selection
-from piece_ops.training.benchmarks import check_lm_eval, lm_eval_scores
+from piece_ops.training.benchmarks import check_lm_eval
 from piece_ops.training.checkpoint import Keeper, read_checkpoint
 from piece_ops.training.choose import Chooser
 from piece_ops.training.data import Data
 from piece_ops.training.learner import make_learner
-from piece_ops.training.measure import evaluate, text_loss
-from piece_ops.training.memory import peak_memory
-from piece_ops.training.models import load_model, save_model
+from piece_ops.training.models import load_model, resolve_device, save_model
 from piece_ops.training.output import TaskFiles
 from piece_ops.training.page import keep_report
-from piece_ops.training.results import ROWS, Results
+from piece_ops.training.results import Results
+from piece_ops.training.rows import Rows, metered
 from piece_ops.training.settings import Settings
 from piece_ops.training.state import RunState, differences, made_with
 from piece_ops.training.tasks import Task
 from piece_ops.training.train import train_task
-
-
-@contextmanager
-def metered(seconds: dict[str, float], memory: dict[str, int], phase: str) -> Iterator[None]:
-    """Add the wall time of the block to ``seconds[phase]``, keep its most memory likewise."""
-    start = time.perf_counter()
-    try:
-        with peak_memory(memory, phase):
-            yield
-    finally:
-        seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
 
 
 class Work:
@@ -75,6 +61,7 @@ class Work:
         say: Callable[[str], None],
     ) -> None:
         self.settings, self.show, self.say = settings, show, say
+        device = resolve_device(settings.device)
         # Everything that can be wrong with the data is found here, before the model is loaded.
         data = Data(source, tasks, settings, texts)
         self.tasks, self.texts, self.train_rows = data.tasks, data.texts, data.train_rows
@@ -85,7 +72,7 @@ class Work:
         seconds: dict[str, float] = {}
         memory: dict[str, int] = {}
         with metered(seconds, memory, "load"):
-            self.model = load_model(source, dtype=settings.dtype)
+            self.model = load_model(source, dtype=settings.dtype, device=device)
         results = Results(
             model=source,
             settings=settings,
@@ -95,8 +82,11 @@ class Work:
             base_seconds=seconds,
             base_memory=memory,
         )
+        self._rows = Rows(
+            self.model, self.tokenizer, self.encoder, self.tasks, self.texts, settings, show
+        )
         base = fingerprint(dict(self.model.named_parameters()), {}, {})
-        identity = data.identity(settings, self.chooser.reference, base)
+        identity = data.identity(replace(settings, device=device), self.chooser.reference, base)
         self.state = RunState(identity, made_with(), results)
         self._parent = ""  # digest of the last delta that the model holds
 
@@ -125,21 +115,26 @@ class Work:
         self.say(f"going on with the run in {folder}: {self._where()}")
         if state.results.complete:
             return
+        if state.phase == "extend":
+            self._rows.measure_appended(state, 0, folder)
         for i in range(state.trained):
             files = self._files(folder, i)
             if self.settings.is_sparse:
                 delta = Delta.load(files.delta)
+                if delta.parent != self._parent:
+                    raise ValueError(
+                        f"resume: {files.delta} must be a delta made on top of "
+                        f"{self._parent[:12] or 'the base model'}, got one made on top of "
+                        f"{delta.parent[:12] or 'the base model'}"
+                    )
                 delta.apply_(self.model)
                 self._parent = delta.digest
             elif self.settings.method == "lora" or i == state.trained - 1:
                 learner = make_learner(self.model, self.settings, None)
                 read_checkpoint(files.checkpoint).load_values(learner)
                 learner.finish()
-        for i in range(state.kept_statistics):
-            if self._keeps_statistics(i):
-                self.chooser.use_statistics(
-                    folder / "statistics" / f"{self.tasks[i].name}.safetensors"
-                )
+        for i in range(state.kept_statistics if self.settings.keep_statistics else 0):
+            self.chooser.use_statistics(folder / "statistics" / f"{self.tasks[i].name}.safetensors")
 
     def go(
         self,
@@ -185,8 +180,10 @@ class Work:
                 self._train(i, Keeper(self._files(folder, i), checkpoint_steps, checkpoint_seconds))
             elif state.phase == "statistics":
                 self._keep_statistics(folder, i)
+            elif state.phase == "extend":
+                self._rows.measure_appended(state, state.place, folder)
             else:
-                self._measure(folder)
+                self._rows.measure(state, folder)
             was_measured = state.phase == "measure"
             state.advance()
             state.write(folder)
@@ -209,6 +206,7 @@ class Work:
         if state.place == 0:
             return "measuring the base model"
         doing = {"select": "selection", "train": "training", "measure": "measuring"}
+        doing["extend"] = "measuring appended tasks"
         task = f"task {state.place} of {len(self.tasks)}, {self.tasks[state.place - 1].name}"
         return f"{task}, {doing.get(state.phase, state.phase)}"
 
@@ -282,67 +280,15 @@ class Work:
         record.trained = trained.trained
         record.losses = [round(loss, 5) for loss in trained.losses]
 
-    def _keeps_statistics(self, i: int) -> bool:
-        return self.settings.keep_statistics and i + 1 < len(self.tasks)
-
     def _keep_statistics(self, folder: Path, i: int) -> None:
         """Store what task `i` needs, for the selections that follow."""
-        if not self._keeps_statistics(i):
+        if not self.settings.keep_statistics:
             return
         record = self.state.results.tasks[i]
         with metered(record.seconds, record.memory, "statistics"):
             self.chooser.keep_statistics(
                 self.model, self.train_rows[i], self.tasks[i].name, folder / "statistics"
             )
-
-    def _measure(self, folder: Path) -> None:
-        """Append one row to the matrices: all tasks so far, the next one, and all texts."""
-        state, size = self.state, self.settings.eval_batch_size
-        results, row, place = state.results, state.row, state.place
-        meters = results.base_seconds, results.base_memory
-        if place:
-            meters = results.tasks[place - 1].seconds, results.tasks[place - 1].memory
-        count = min(place + 1, len(self.tasks)) if place else len(self.tasks)
-        for task in self.tasks[len(row["accuracy"]) : count]:
-            with metered(*meters, "evaluate"):
-                score = evaluate(
-                    self.model,
-                    self.encoder,
-                    task.held_out,
-                    size,
-                    self.show,
-                    metric=task.metric,
-                    most_tokens=self.settings.max_new_tokens,
-                )
-            row["accuracy"].append(score.accuracy)
-            row["loss"].append(score.loss)
-            state.write(folder)
-        for text in self.texts[len(row["general"]) :]:
-            with metered(*meters, "general"):
-                loss = text_loss(self.model, self.encoder, text, size, self.show)
-            row["general"].append(loss)
-            state.write(folder)
-        if not row["benchmarks"]:
-            with metered(*meters, "benchmarks"):
-                row["benchmarks"].append(self._benchmarks())
-        unmeasured: list[Any] = [None] * (len(self.tasks) - count)
-        results.accuracy.append(row["accuracy"] + unmeasured)
-        results.loss.append(row["loss"] + unmeasured)
-        results.general.append(row["general"])
-        results.benchmarks += row["benchmarks"]
-        state.row = {name: [] for name in ROWS}
-
-    def _benchmarks(self) -> dict[str, float]:
-        settings = self.settings
-        if not settings.lm_eval:
-            return {}
-        return lm_eval_scores(
-            self.model,
-            self.tokenizer,
-            settings.lm_eval,
-            settings.lm_eval_limit,
-            settings.eval_batch_size,
-        )
 
     def _line(self, i: int) -> str:
         """Say in one line what a task brought."""
