@@ -202,7 +202,7 @@ def step_case(quick: bool, dtype: torch.dtype, method: str, embeddings: bool) ->
 
     total = n_bytes(weights)
     peers = [
-        Peer(FROZEN, lambda: frozen.step(data), right(frozen), "floor"),
+        Peer(FROZEN, lambda: frozen.step(data), right(frozen), "bound"),
         Peer(OURS, lambda: ours.step(data), right(ours), "ours"),
     ]
     for peer, run in ((MASKED, masked), (PARTLY, partly)):

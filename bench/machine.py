@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -52,6 +53,14 @@ def _git_hash() -> str:
     return named.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def _version(package: str) -> str | None:
+    """None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """The fields common to all rows of one run."""
     held = _native.describe()
@@ -66,6 +75,7 @@ def describe() -> dict[str, Any]:
         "git": _git_hash(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: _version(name) for name in ("transformers", "peft", "jax")},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),

@@ -141,7 +141,7 @@ def case_table(lines: list[Line]) -> str:
         if line["kind"] != "row":
             continue
         name = f"**{line['peer']}**" if line["role"] == "ours" else line["peer"]
-        if line["role"] == "floor":
+        if line["role"] in ("floor", "bound"):
             name = f"*{line['peer']}*"
         if line["note"]:
             name += f" ({line['note']})"
@@ -149,11 +149,11 @@ def case_table(lines: list[Line]) -> str:
             rows.append(f"| {name} | {line['status']} | | | | | | |")
             continue
         ratio = line["best_peer_over_this"]
-        extra = line["extra_bytes"]
+        extra, percent = line["extra_bytes"], line["percent_of_bandwidth"]
         rows.append(
             f"| {name} | {milliseconds(line['p50_ms'])} "
             f"| {milliseconds(line['p20_ms'])} to {milliseconds(line['p80_ms'])} "
-            f"| {line['gb_per_s']:.3g} | {line['percent_of_bandwidth'] or 0:.0f} "
+            f"| {line['gb_per_s']:.3g} | {'' if percent is None else f'{percent:.0f}'} "
             f"| {'' if ratio is None else f'{ratio:.3g}'} "
             f"| {'?' if extra is None else size(extra)} | {line['repeats']} |"
         )
@@ -165,9 +165,10 @@ def page(cases: dict[CaseKey, list[Line]]) -> str:
     parts = [
         "# Benchmarks",
         "Made by `python -m bench.report` from the rows of `make bench`; not edited by hand. How "
-        "each number is measured: `bench/harness.py`. Rows in italics are the floor: a plain read "
-        "or copy of the same memory in the same run. *best peer / this* above 1: this is faster "
-        "than every other way measured. Peers that take seconds are called fewer times.",
+        "each number is measured: `bench/harness.py`. Rows in italics are bounds: a plain read or "
+        "copy of the same memory in the same run, or a part of the work that every way needs. "
+        "*best peer / this* above 1: this is faster than every other way measured. Peers that take "
+        "seconds are called fewer times.",
         where(cases),
         "## Targets",
         targets_table(cases),
