@@ -28,6 +28,7 @@ OPS = {
     "pipeline": "bench_pipeline",
     "delta": "bench_delta",
     "call_overhead": "bench_call_overhead",
+    "scaling": "bench_scaling",
 }
 
 
@@ -65,16 +66,18 @@ def size(n_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
-def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
+def records(name: str, case: Any, rows: list[Any], gflop_per_s: float) -> Iterator[dict[str, Any]]:
     """The JSON lines of a case: one per peer, one per target."""
-    from bench import harness
+    from bench import harness, predicted
 
-    bandwidth = harness.best_bandwidth(rows)
-    best = harness.fastest(rows, "peer")
     head = {"op": case.op, "case": name, "dtype": case.dtype, "n": case.n}
+    head.update(k=case.k, tensors=case.tensors)
     for row in rows:
+        beside = [other for other in rows if other.at.get("x") == row.at.get("x")]
+        bandwidth = harness.best_bandwidth(beside)
+        best = harness.fastest(beside, "peer")
         line: dict[str, Any] = {"kind": "row", **head, "peer": row.peer, "role": row.role}
-        line.update(status=row.status, note=row.note)
+        line.update(row.at, status=row.status, note=row.note)
         if row.times_ms:
             line.update(
                 repeats=len(row.times_ms),
@@ -88,6 +91,8 @@ def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
                 else None,
                 best_peer_over_this=round(best.p50_ms / row.p50_ms, 3) if best else None,
             )
+            if (ms := predicted.milliseconds(line, bandwidth, gflop_per_s)) is not None:
+                line["predicted_ms"] = round(ms, 4)
         line["extra_bytes"] = row.extra_bytes
         if row.figures:
             line["figures"] = {key: round(value, 6) for key, value in row.figures.items()}
@@ -116,17 +121,20 @@ def show(lines: list[dict[str, Any]]) -> None:
     seconds = sum(line["seconds"] for line in lines if line["kind"] == "case")
     print(f"\n{first['op']}: {first['case']} ({first['dtype'] or 'nothing'}), {seconds:.1f} s")
     print(
-        f"  {'':<38}{'ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>7} {'% bw':>6} {'peer/x':>8}  extra"
+        f"  {'':<38}{'ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>7} {'% bw':>6} {'peer/x':>8} "
+        f"{'model':>8}  extra"
     )
     for line in lines:
         if line["kind"] == "row" and "p50_ms" in line:
             ratio = line["best_peer_over_this"]
             extra, percent = line["extra_bytes"], line["percent_of_bandwidth"]
+            model = line.get("predicted_ms")
             print(
                 f"  {line['peer']:<38}{line['p50_ms']:>10.2f} {line['p20_ms']:>9.2f} "
                 f"{line['p80_ms']:>9.2f} {line['gb_per_s']:>7.2f} "
                 f"{'' if percent is None else f'{percent:.1f}':>6} "
-                f"{'' if ratio is None else f'{ratio:.2f}':>8}  "
+                f"{'' if ratio is None else f'{ratio:.2f}':>8} "
+                f"{'' if model is None else f'{model:.2f}':>8}  "
                 f"{'?' if extra is None else size(extra)}  ({line['repeats']} calls)"
             )
         elif line["kind"] == "row":
@@ -156,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     for op in args.ops:
         for name, build in importlib.import_module(f"bench.{OPS[op]}").cases(args.quick):
             if args.only in name:
-                lines = run_one(op, name, build, args.quick)
+                lines = run_one(op, name, build, common)
                 show(lines)
                 out += [{**line, **common} for line in lines]
                 if args.out:
@@ -174,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def run_one(op: str, name: str, build: Any, quick: bool) -> list[dict[str, Any]]:
+def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
     """The JSON lines of one case, its inputs made and gone again; the last one says how long."""
     from bench import harness
 
@@ -183,7 +191,8 @@ def run_one(op: str, name: str, build: Any, quick: bool) -> list[dict[str, Any]]
         case = build()
     except (harness.Absent, ImportError, MemoryError) as error:
         case = harness.absent_case(op, error)
-    lines = list(records(name, case, harness.run_case(case, quick)))
+    rows = harness.run_case(case, common["quick"])
+    lines = list(records(name, case, rows, common["gflop_per_s"]))
     seconds = round(time.monotonic() - started, 2)
     head = {key: lines[0][key] for key in ("op", "case", "dtype", "n")}
     return [*lines, {"kind": "case", **head, "seconds": seconds}]

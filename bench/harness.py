@@ -43,7 +43,8 @@ class Peer:
 
     ``check`` gets what ``run`` returned and says what is wrong with it (None: right). ``reset``
     is called before each run, not timed; ``prepare`` once before the first (to compile).
-    ``n_bytes``: if other than the case's.
+    ``n_bytes``: if other than the case's. ``at``: where in a sweep this row stands: ``x``, and what
+    of the case's n, k, tensors and threads it changes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Peer:
     prepare: Callable[[], None] | None = None
     n_bytes: int | None = None
     note: str = ""
+    at: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Target:
 class Case:
     """Inputs built, ready to run. ``n_bytes``: what the op must read and write at least.
 
+    ``k``: how many of the n elements are selected (0: none are); ``tensors``: in how many they lie.
     ``measured``: rows of a case whose peers cannot be in memory together, made with it.
     ``peer_seconds``: what the timed calls of one peer may take together.
 
@@ -86,6 +89,8 @@ class Case:
     targets: list[Target] = field(default_factory=list)
     measured: list[Row] = field(default_factory=list)
     peer_seconds: float = 4.0
+    k: int = 0
+    tensors: int = 1
 
 
 @dataclass
@@ -100,6 +105,7 @@ class Row:
     extra_bytes: int | None = None
     note: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    at: dict[str, Any] = field(default_factory=dict)
 
     @property
     def p50_ms(self) -> float:
@@ -169,7 +175,8 @@ def require_memory(n_bytes: float) -> None:
 
 def _first_call(peer: Peer, case: Case) -> tuple[Row, float]:
     """Check the answer and measure memory; the row, and the seconds that the call took."""
-    row = Row(peer.name, peer.role, "ok", peer.n_bytes or case.n_bytes, note=peer.note)
+    n_bytes = peer.n_bytes or case.n_bytes
+    row = Row(peer.name, peer.role, "ok", n_bytes, note=peer.note, at=peer.at)
     try:
         if peer.prepare:
             peer.prepare()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from piece_ops import _native
+from piece_ops.predict import device
 
 # Freed memory stays in the process, in huge pages: without this torch.topk and numpy spend most of
 # their time in page faults. Every peer gets the same.
@@ -71,6 +72,7 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "threads": torch.get_num_threads(),
         "isa": held["isa"],
+        "gflop_per_s": round(device("cpu", torch.float32).products / 1e9, 1),
         "piece_ops": held["version"],
         "git": _git_hash(),
         "torch": torch.__version__,

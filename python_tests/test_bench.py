@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import time
 import types
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from bench import __main__ as bench
-from bench import harness, machine, report
+from bench import bench_scaling, bench_select_topk, harness, machine, report
 from bench.harness import Absent, Case, Peer, Row
+from bench.inputs import gaussian_squared
 
 
 def case(*peers: Peer, seconds: float = 4.0) -> Case:
@@ -111,15 +113,25 @@ def test_without_a_floor_there_is_no_percent(made: Any, tmp_path: Path) -> None:
     assert "*a part of it*" in table
 
 
-def test_a_slow_peer_is_called_once() -> None:
+def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
+    now = 0.0
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: now))
 
     def peer(name: str, seconds: float) -> Peer:
-        return Peer(name, lambda: (calls.update([name]), time.sleep(seconds)))
+        def work() -> None:
+            nonlocal now
+            now += seconds
+            calls[name] += 1
 
-    slow, fast = harness.run_case(case(peer("slow", 0.2), peer("fast", 0), seconds=0.1), False)
-    assert (calls["slow"], len(slow.times_ms)) == (1, 1) and slow.p50_ms >= 200
-    assert len(fast.times_ms) == harness.MOST_ROUNDS == calls["fast"] - 2
+        return Peer(name, work)
+
+    peers = [peer("slow", 5.0), peer("middling", 1.5), peer("fast", 0.01)]
+    rows = harness.run_case(case(*peers, seconds=4.0), quick=False)
+    # One call to check and measure memory, one to warm up, then what fits into four seconds.
+    assert calls == {"slow": 1, "middling": 2 + 2, "fast": 2 + harness.MOST_ROUNDS}
+    assert [len(row.times_ms) for row in rows] == [1, 2, harness.MOST_ROUNDS]
+    assert rows[0].p50_ms == pytest.approx(5000)
 
 
 def test_memory_that_is_not_there() -> None:
@@ -139,5 +151,62 @@ def test_names_of_cases_are_unique(op: str, quick: bool) -> None:
 def test_targets_say_when_nothing_was_measured() -> None:
     target = harness.Target("faster", harness.time_ratio("a", "b"), 2, at_most=False)
     made = Case("made", "fp32", 1, 1, [], [target])
-    lines = list(bench.records("x", made, [Row("a", "peer", "absent: no a", 1)]))
+    lines = list(bench.records("x", made, [Row("a", "peer", "absent: no a", 1)], 100.0))
     assert [line["verdict"] for line in lines if line["kind"] == "target"] == ["not measured"]
+
+
+def test_every_way_to_select_is_right() -> None:
+    made = bench_select_topk.main_row(gaussian_squared, 2000)
+    rows = {row.peer: row for row in harness.run_case(made, quick=True)}
+    absent = {"std::nth_element + scan"} if not shutil.which("g++") else set()
+    assert {name for name, row in rows.items() if row.status != "ok"} == absent
+    assert len(rows) == 9
+
+
+def test_no_compiler_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    bench_select_topk.nth_element_library.cache_clear()
+    peer = bench_select_topk.Peers(gaussian_squared(10), 2).nth_element()
+    (row,) = harness.run_case(case(peer), quick=True)
+    assert row.status == "absent: no C++ compiler"
+
+
+@pytest.mark.parametrize("peer", ["topk", "argpartition"])
+def test_too_little_memory_is_a_row(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(n_bytes: float) -> None:
+        raise Absent(f"needs {n_bytes} bytes")
+
+    monkeypatch.setattr(bench_select_topk, "require_memory", none_left)
+    made = getattr(bench_select_topk.Peers(gaussian_squared(10), 2), peer)()
+    (row,) = harness.run_case(case(made), quick=True)
+    assert row.status.startswith("absent: needs")
+
+
+def test_rows_of_a_sweep_are_compared_at_their_own_place() -> None:
+    """Bandwidth and best peer of the same x; the cost model at the row's own sizes."""
+
+    def row(name: str, x: int, ms: float, role: harness.Role) -> Row:
+        at = {"x": x, "n": x, "series": name, "kernel": "total"}
+        return Row(f"{name}, {x}", role, "ok", 4 * x, [ms], at=at)
+
+    ways: list[tuple[str, float, harness.Role]]
+    ways = [("floor", 2.0, "floor"), ("other", 8.0, "peer"), ("piece_ops", 4.0, "ours")]
+    rows = [row(name, x, ms * x, role) for x in (10**6, 10**7) for name, ms, role in ways]
+    lines = [line for line in bench.records("sweep", case(), rows, 100.0) if line["role"] == "ours"]
+    assert [line["n"] for line in lines] == [10**6, 10**7]
+    for line in lines:
+        assert (line["best_peer_over_this"], line["percent_of_bandwidth"]) == (2, 50)
+        assert line["predicted_ms"] == pytest.approx(2.0 * line["n"], abs=1)
+
+
+SWEEPS = [name for name, _ in bench_scaling.cases(True)]
+
+
+@pytest.mark.parametrize("name", [n for n in SWEEPS if "elements" in n[-8:] or "select" in n])
+def test_every_sweep_runs(name: str) -> None:
+    made = dict(bench_scaling.cases(True))[name]()
+    rows = harness.run_case(made, quick=True)
+    assert {row.status for row in rows} == {"ok"}, rows
+    lines = list(bench.records(name, made, rows, 100.0))
+    assert all(line["predicted_ms"] > 0 for line in lines if line["role"] == "ours")
