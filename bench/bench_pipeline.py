@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import piece_ops
-from bench.bench_training_step import FOLDER, ROOT, Sampled, load
+from bench.bench_training_step import Sampled
 from bench.harness import Absent, Case, Row, Target, time_ratio, under_best
 from bench.pipeline_official import OFFICIAL, Official
 from bench.pipeline_peft import SHIRA, Lora, Shira
@@ -40,6 +40,7 @@ from bench.pipeline_torch import (
     Multiply,
 )
 from bench.pipeline_way import DENSITY, Batch, Measured, Positions, Way, measure
+from bench.smollm2 import FOLDER, ROOT, load
 
 OURS = "piece_ops"
 STEPS, FEWER = 20, 8

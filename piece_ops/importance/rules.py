@@ -15,8 +15,9 @@ zero but for the rows of the sample's own tokens.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_
+from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_, total
 from piece_ops.importance.batches import Grid
 from piece_ops.importance.layouts import ModuleLayout, cut
 
@@ -178,6 +179,18 @@ class Target:
 
     def close(self, name: str) -> None:
         """The batch's gradients of the parameter are all in."""
+
+    def overflowed(self, names: Iterable[str]) -> str | None:
+        """The first of these parameters whose accumulators are not finite any more.
+
+        Finite factors may have a product or a square that is not. One read of the accumulators,
+        added up in float64, which finite ones cannot overflow.
+        """
+        for name in names:
+            for held in (self._square_sums, self._sums):
+                if name in held and not math.isfinite(total(held[name])):
+                    return name
+        return None
 
     def add(self, name: str, grad: Tensor) -> None:
         """Add one gradient and its square; raises ValueError when it is not finite."""
