@@ -42,6 +42,7 @@ from bench.inputs import (
     values_256,
     zeros_99,
 )
+from bench.smollm2 import load, token_ids
 from piece_ops import _native
 from piece_ops.reference import check_topk
 
@@ -234,11 +235,8 @@ def hostile(make: Callable[[int], Tensor], n: int) -> Case:
 
 def fisher(n: int) -> Tensor:
     """Square sums of SmolLM2-135M's gradients on real text: 16 samples of 32 tokens."""
-    from bench.bench_training_step import load, tokens
-
     quick = n < SMALL
-    ids = tokens(quick)
-    ids = ids.reshape(-1, ids.shape[1] // 4)
+    ids = token_ids(quick, 16, 32)
     importance = piece_ops.Importance(load(quick, torch.float32).eval(), "piece-f")
     importance.update({"input_ids": ids, "labels": ids})
     return torch.cat([squares.view(-1) for squares in importance._square_sums.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from piece_ops.predict import Device, costs, devices
@@ -48,3 +49,17 @@ def work_of(line: dict[str, Any], on: Device) -> Work | None:
             tokens, out, width, 4, k, on
         )
     return made.get((op, peer))
+
+
+def ratios(lines: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
+    """Predicted over measured time of the rows of one case that the model knows."""
+    timed = [line for line in lines if line["kind"] == "row" and "p50_ms" in line]
+    for line in timed:
+        floors = [
+            other["gb_per_s"]
+            for other in timed
+            if other["role"] == "floor" and other.get("x") == line.get("x")
+        ]
+        rate = line.get("gflop_per_s", 100.0)  # older rows do not say; no op of theirs multiplies
+        if (ms := milliseconds(line, max(floors, default=None), rate)) is not None:
+            yield line, ms / line["p50_ms"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as bench
-from bench import bench_scaling, bench_select_topk, harness, machine, report
+from bench import bench_scaling, bench_select_topk, harness, machine, plots, report
 from bench.harness import Absent, Case, Peer, Row
 from bench.inputs import gaussian_squared
 
@@ -203,10 +203,77 @@ def test_rows_of_a_sweep_are_compared_at_their_own_place() -> None:
 SWEEPS = [name for name, _ in bench_scaling.cases(True)]
 
 
-@pytest.mark.parametrize("name", [n for n in SWEEPS if n.endswith("against elements") or "select" in n])
+@pytest.mark.parametrize(
+    "name", [n for n in SWEEPS if n.endswith("against elements") or "select" in n]
+)
 def test_every_sweep_runs(name: str) -> None:
     made = dict(bench_scaling.cases(True))[name]()
     rows = harness.run_case(made, quick=True)
     assert {row.status for row in rows} == {"ok"}, rows
     lines = list(bench.records(name, made, rows, 100.0))
     assert all(line["predicted_ms"] > 0 for line in lines if line["role"] == "ours")
+
+
+# ---- the report -------------------------------------------------------------------------------
+
+ROOT = Path(report.__file__).parents[1]
+
+
+def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
+    """Else: python -m bench.report bench/results/cpu.jsonl"""
+    cases = report.load([ROOT / "bench" / "results" / "cpu.jsonl"])
+    for path, text in report.pages(cases, ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, path
+    figures = {file for _key, file, _what, _draw in plots.plots(cases)}
+    assert {path.name for path in (ROOT / "docs" / "plots").glob("*.svg")} == figures
+
+
+def test_plots_of_a_sweep_and_of_a_pipeline(tmp_path: Path) -> None:
+    """Every figure is drawn, named in the page, and the same twice; what is old goes."""
+    pytest.importorskip("matplotlib")
+    head = {"kind": "row", "status": "ok", "note": "", "dtype": "fp32", "extra_bytes": None}
+    head.update(p20_ms=1.0, p80_ms=3.0, repeats=3, gb_per_s=1.0, percent_of_bandwidth=None)
+    head.update(best_peer_over_this=None, bytes=1, **machine.describe(), quick=True)
+    sweep = [
+        {**head, "op": "scaling", "case": f"total against {kind}", "peer": f"{series}, {x}"}
+        | {"series": series, "x": x, "role": role, "p50_ms": x, "predicted_ms": x}
+        for kind in plots.AXES
+        for series, role in (("piece_ops", "ours"), ("other", "peer"), ("one read", "floor"))
+        for x in (1, 10)
+    ]
+    figures = {"importance_ms": 5.0, "select_ms": 1.0, "set_up_ms": 1.0, "steps": 20}
+    figures.update(checkpoint_ms=1.0, state_bytes=1, file_bytes=2, ddp_bytes=3)
+    ways = [
+        {**head, "op": "pipeline", "case": "all", "peer": name, "role": role, "p50_ms": 2.0}
+        | {"figures": figures}
+        for name, role in (("piece_ops", "ours"), ("masks", "peer"))
+    ]
+    path = tmp_path / "rows"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*sweep, *ways]))
+    cases = report.load([path])
+    (tmp_path / "old.svg").write_text("")
+    first = {file.name: file.read_bytes() for file in plots.draw(cases, tmp_path)}
+    assert len(first) == len(plots.AXES) + 1 and not (tmp_path / "old.svg").exists()
+    assert first == {file.name: file.read_bytes() for file in plots.draw(cases, tmp_path)}
+    page = report.page(cases)
+    assert all(f"](plots/{name})" in page for name in first)
+    assert b"cost model" in first["scaling-total-against-elements.svg"]
+    assert plots.phase_seconds(ways[0])["steps"] == pytest.approx(0.04)
+    readme = report.section(cases)
+    assert "| **piece_ops** | 1 ms | 2 ms | 1 B | 2 B | 3 B |" in readme
+
+
+def test_the_readme_shows_main_targets_and_every_miss() -> None:
+    def target(op: str, case: str, verdict: str) -> dict[str, Any]:
+        text = {"op": op, "case": case, "kind": "target", "target": f"{case} {verdict}"}
+        return {**text, "limit": 1, "at_most": True, "unit": "x", "measured": 2, "verdict": verdict}
+
+    lines = [
+        target("sparse_adamw_", "main", "met"),
+        target("other", "aside", "met"),
+        target("other", "aside", "short"),
+    ]
+    cases = {("sparse_adamw_", "main"): lines[:1], ("other", "aside"): lines[1:]}
+    table = report.targets_table(cases, all_of_them=False)
+    assert "main met" in table and "aside short" in table and "aside met" not in table
+    assert "aside met" in report.targets_table(cases)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import predicted
+from bench import predicted, report
 from piece_ops import cli
 from piece_ops.predict import CONFIGS, Plan, Prediction, costs, device, devices, read_model
 from piece_ops.predict.costs import Work
@@ -136,24 +136,13 @@ def compared() -> list[tuple[str, float, float]]:
 
     Where memory is the limit: not what lies in a cache, nor where the selected are the most work.
     """
-    text = (ROOT / "bench" / "results" / "cpu.jsonl").read_text(encoding="utf-8")
-    rows = [row for row in map(json.loads, text.splitlines()) if row["kind"] == "row"]
-    rows = [row for row in rows if row["status"] == "ok" and row["op"] != "scaling"]
-    rows = [row for row in rows if row["n"] >= 1e8 and row["k"] <= row["n"] / 100]
-    floors: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if row["role"] == "floor":
-            case = row["op"], row["case"]
-            floors[case] = max(floors.get(case, 0), row["gb_per_s"])
     found = []
-    for row in rows:
-        bandwidth = floors.get((row["op"], row["case"]))
-        predicted_ms = predicted.milliseconds(row, bandwidth, row.get("gflop_per_s", 100))
-        if predicted_ms is not None:
-            scattered = row["op"] in SCATTERED and row["role"] == "ours"
-            allowed = PREDICTED_SCATTERED if scattered else PREDICTED_STREAMS
-            name = f"{row['op']}, {row['case']}: {row['peer']}"
-            found.append((name, predicted_ms / row["p50_ms"], allowed))
+    for (op, case), lines in report.load([ROOT / "bench" / "results" / "cpu.jsonl"]).items():
+        for row, ratio in predicted.ratios(lines):
+            if op != "scaling" and row["n"] >= 1e8 and row["k"] <= row["n"] / 100:
+                scattered = op in SCATTERED and row["role"] == "ours"
+                allowed = PREDICTED_SCATTERED if scattered else PREDICTED_STREAMS
+                found.append((f"{op}, {case}: {row['peer']}", ratio, allowed))
     return found
 
 
