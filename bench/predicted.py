@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from piece_ops.predict import Device, costs, devices
+import torch
+
+from piece_ops.predict import Device, Model, Plan, Prediction, costs, devices
 from piece_ops.predict.costs import Work
+from piece_ops.predict.models import llama_like
 
 MASKED = "torch: mask gradients, AdamW(fused)"
 
@@ -63,3 +66,41 @@ def ratios(lines: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], fl
         rate = line.get("gflop_per_s", 100.0)  # older rows do not say; no op of theirs multiplies
         if (ms := milliseconds(line, max(floors, default=None), rate)) is not None:
             yield line, ms / line["p50_ms"]
+
+
+# SmolLM2-135M, as `bench.inputs.smollm2_shapes` lists its tensors.
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def pipeline(cases: Mapping[Any, list[dict[str, Any]]]) -> dict[str, tuple[float, float]]:
+    """Predicted and measured: ms of the phases of the recorded pipeline, and bytes of its state.
+
+    The whole prediction, as `piece-ops bench --predict --gpu cpu` makes it, with the rates that
+    were measured in the same run. Empty if there is no such row.
+    """
+    lines = [line for of_one in cases.values() for line in of_one if line["kind"] == "row"]
+    floors = [line["gb_per_s"] for line in lines if line["role"] == "floor" and line["n"] >= 1e8]
+    for line in lines:
+        is_ours = line["op"] == "pipeline" and line["role"] == "ours" and line["status"] == "ok"
+        if not is_ours or line["quick"] or not floors:
+            continue
+        figures = line["figures"]
+        model = Model("SmolLM2-135M", llama_like(SMOLLM2), "its shapes")
+        on = devices.cpu(0.0, max(floors) * 1e9, line["gflop_per_s"] * 1e9, "measured")
+        plan = Plan("piece-s", 1e-3, torch.float32, samples=16, length=128, tokens=4 * 128)
+        importance, selection, step = Prediction(model, on, plan).phases
+        return {
+            "importance": (importance.ours.seconds(on) * 1e3, figures["importance_ms"]),
+            "selection": (selection.ours.seconds(on) * 1e3, figures["select_ms"]),
+            "a step": (step.ours.seconds(on) * 1e3, line["p50_ms"]),
+            "bytes of state": (step.ours_bytes, figures["state_bytes"]),
+        }
+    return {}

@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from bench import predicted, report
+from bench.inputs import count_elements, smollm2_shapes
 from piece_ops import cli
 from piece_ops.predict import CONFIGS, Plan, Prediction, costs, device, devices, read_model
 from piece_ops.predict.costs import Work
 from piece_ops.predict.models import llama_like
 
-from helpers.tolerances import PREDICTED_HEADERS, PREDICTED_SCATTERED, PREDICTED_STREAMS
+from helpers.tolerances import (
+    PREDICTED_HEADERS,
+    PREDICTED_PHASES,
+    PREDICTED_SCATTERED,
+    PREDICTED_STREAMS,
+)
 
 ROOT = Path(__file__).parents[1]
 H200 = device("h200", torch.bfloat16)
@@ -156,6 +162,33 @@ def test_predictions_agree_with_what_was_measured() -> None:
     }
     wrong = [row for row in rows if not 1 / row[2] < row[1] < row[2]]
     assert not wrong
+
+
+def test_the_prediction_of_a_pipeline_agrees_with_what_was_measured() -> None:
+    found = predicted.pipeline(report.load([ROOT / "bench" / "results" / "cpu.jsonl"]))
+    if not found:
+        pytest.skip("bench/results/cpu.jsonl holds no pipeline of ours")
+    for name, (guess, measured) in found.items():
+        assert 1 / PREDICTED_PHASES < guess / measured < PREDICTED_PHASES, (name, guess, measured)
+
+
+def test_the_pipeline_of_made_up_rows_is_predicted() -> None:
+    """Rows of a machine of 10 GB/s and 100 GFLOP/s: what the parts say by hand."""
+    figures = {"importance_ms": 1.0, "select_ms": 1.0, "state_bytes": 1.0}
+    ours = {"kind": "row", "op": "pipeline", "role": "ours", "status": "ok", "quick": False}
+    ours |= {"figures": figures, "p50_ms": 1.0, "gflop_per_s": 100.0}
+    floor = {"kind": "row", "op": "total", "role": "floor", "gb_per_s": 10.0, "n": 10**8}
+    found = predicted.pipeline({1: [floor], 2: [ours]})
+    n = count_elements(smollm2_shapes())
+    candidates = n - 49152 * 576
+    assert found["selection"][0] == pytest.approx(8 * candidates / 10e9 * 1e3, rel=0.1)
+    # Forward and gradients of the inputs; the tied embedding is the output head.
+    products_ms = 4 * 512 * n / 100e9 * 1e3
+    assert products_ms < found["a step"][0] < 2 * products_ms
+    squares_ms = 2 * 512 * candidates / 100e9 * 1e3
+    assert 1 < found["importance"][0] / (4 * (products_ms + squares_ms)) < 1.2
+    assert found["bytes of state"][0] < 60 * (n // 1000)
+    assert predicted.pipeline({1: [floor]}) == predicted.pipeline({1: [ours]}) == {}
 
 
 # ---- whole predictions --------------------------------------------------------------------------

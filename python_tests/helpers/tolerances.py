@@ -104,6 +104,9 @@ def rounded_sum_error(terms: int, largest: float, copies: int) -> float:
 # Scattered ops: the model knows bandwidth, but a CPU's scattered access waits for latency.
 PREDICTED_STREAMS = 3.0
 PREDICTED_SCATTERED = 5.0
+# ... of the whole pipeline: products at the rate of one large matrix product, which a step's many
+# small ones do not reach; attention and loss, which are not counted.
+PREDICTED_PHASES = 5.0
 # ... and against the H200 times in the headers of the kernels, which are rounded to one or two
 # digits and hold details (epilogues, launches) that the byte model leaves out.
 PREDICTED_HEADERS = 1.2
