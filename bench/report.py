@@ -145,8 +145,8 @@ def figures_table(lines: list[Line]) -> str:
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            "Times in ms. Extra memory: how far resident memory rose at most over the phase (steps: "
-            "the first two, activations included).",
+            "Times in ms. Extra memory: how far resident memory rose at most over the phase "
+            "(steps: the first two, activations included).",
             "",
             *rows,
         ]
