@@ -9,6 +9,7 @@ is a row that says so. Random numbers are drawn once, 1e8 of them, and repeated 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from piece_ops import _native
 OURS, COMPACT, READ, COPY = "piece_ops", "piece_ops, compact gradients", "one read", "one copy"
 TOKENS, SAMPLES = 64, 8
 SECONDS = 0.7  # of the timed calls of one row
+BUDGET = 120.0  # seconds from the first sweep on; later only what has 1e8 elements or less
 DRAWN = 10**8
 BESIDE = 1e-3  # density, where it does not vary
 
@@ -52,14 +54,22 @@ class Store:
     }
 
     def __init__(self) -> None:
+        self.begun: float | None = None
         self.sizes: tuple[int, ...] = ()
         self.made: dict[str, Tensor] = {}
 
     def start(self, sizes: tuple[int, ...], needs_numbers: bool) -> None:
         """Drop what the next sweep does not need."""
+        self.begun = time.monotonic() if self.begun is None else self.begun
         keep = needs_numbers and sizes == self.sizes
         self.made = {k: v for k, v in self.made.items() if keep and k in ("numbers", "spare")}
         self.sizes = sizes
+
+    def require_time(self, n: int) -> None:
+        """Raise Absent if the sweeps have had their time and this is a large place of one."""
+        assert self.begun is not None
+        if n > DRAWN and time.monotonic() - self.begun > BUDGET:
+            raise Absent(f"the sweeps before had taken {BUDGET:.0f} s")
 
     def take(self, kind: str, n: int) -> Tensor:
         """The first n elements (of spare: half as many)."""
@@ -317,6 +327,7 @@ def sweep(op: str, places: list[Place]) -> Case:
     STORE.start(sizes, op in ON_NUMBERS)
     for place in places:
         try:
+            STORE.require_time(place.n)
             peers += OPS[op](place)
         except (Absent, MemoryError, RuntimeError) as error:
             peers.append(place.peer(op, OURS, partial(_raise, error), 1, "ours"))

@@ -214,6 +214,15 @@ def test_every_sweep_runs(name: str) -> None:
     assert all(line["predicted_ms"] > 0 for line in lines if line["role"] == "ours")
 
 
+def test_sweeps_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once they have had their time, large places are rows that say so; small ones still run."""
+    monkeypatch.setattr(bench_scaling, "BUDGET", 0.0)
+    monkeypatch.setattr(bench_scaling, "DRAWN", 10_000)
+    places = [bench_scaling.Place(n) for n in (10_000, 20_000)]
+    rows = harness.run_case(bench_scaling.sweep("total", places), quick=True)
+    assert [row.status for row in rows] == ["ok", "ok", "absent: the sweeps before had taken 0 s"]
+
+
 # ---- the report -------------------------------------------------------------------------------
 
 ROOT = Path(report.__file__).parents[1]
