@@ -61,6 +61,7 @@ slow: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.extra-bench
+	$(BIN)/python -m demo.model
 	$(BIN)/python -m bench --out bench/results/cpu.jsonl
 	$(BIN)/python -m bench.report bench/results/cpu.jsonl $(wildcard bench/results/cuda.jsonl)
 

@@ -28,6 +28,7 @@ OPS = {
     "pipeline": "bench_pipeline",
     "delta": "bench_delta",
     "call_overhead": "bench_call_overhead",
+    "scaling": "bench_scaling",
 }
 
 
@@ -36,7 +37,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (all)")
     parser.add_argument("--quick", action="store_true", help="small inputs, only to see it run")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--out", type=Path, help="JSON lines are written here")
+    parser.add_argument("--out", type=Path, help="JSON lines are written here, when all have run")
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows of --out's other cases"
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(
         "--plain-malloc", action="store_true", help="keep the allocator's settings as they are"
@@ -46,6 +50,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for op in args.ops:
         if op.rstrip("_") not in known:
             parser.error(f"OP must be one of {', '.join(OPS)}, got {op}")
+    if args.update and not args.out:
+        parser.error("--update needs --out FILE, got none")
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     args.ops = [known[op.rstrip("_")] for op in args.ops] or list(OPS)
@@ -60,16 +66,18 @@ def size(n_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
-def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
+def records(name: str, case: Any, rows: list[Any], gflop_per_s: float) -> Iterator[dict[str, Any]]:
     """The JSON lines of a case: one per peer, one per target."""
-    from bench import harness
+    from bench import harness, predicted
 
-    bandwidth = harness.best_bandwidth(rows)
-    best = harness.fastest(rows, "peer")
     head = {"op": case.op, "case": name, "dtype": case.dtype, "n": case.n}
+    head.update(k=case.k, tensors=case.tensors)
     for row in rows:
+        beside = [other for other in rows if other.at.get("x") == row.at.get("x")]
+        bandwidth = harness.best_bandwidth(beside)
+        best = harness.fastest(beside, "peer")
         line: dict[str, Any] = {"kind": "row", **head, "peer": row.peer, "role": row.role}
-        line.update(status=row.status, note=row.note)
+        line.update(row.at, status=row.status, note=row.note)
         if row.times_ms:
             line.update(
                 repeats=len(row.times_ms),
@@ -83,6 +91,8 @@ def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
                 else None,
                 best_peer_over_this=round(best.p50_ms / row.p50_ms, 3) if best else None,
             )
+            if (ms := predicted.milliseconds(line, bandwidth, gflop_per_s)) is not None:
+                line["predicted_ms"] = round(ms, 4)
         line["extra_bytes"] = row.extra_bytes
         if row.figures:
             line["figures"] = {key: round(value, 6) for key, value in row.figures.items()}
@@ -108,19 +118,23 @@ def records(name: str, case: Any, rows: list[Any]) -> Iterator[dict[str, Any]]:
 
 def show(lines: list[dict[str, Any]]) -> None:
     first = lines[0]
-    print(f"\n{first['op']}: {first['case']} ({first['dtype']})")
+    seconds = sum(line["seconds"] for line in lines if line["kind"] == "case")
+    print(f"\n{first['op']}: {first['case']} ({first['dtype'] or 'nothing'}), {seconds:.1f} s")
     print(
-        f"  {'':<38}{'ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>7} {'% bw':>6} {'peer/x':>8}  extra"
+        f"  {'':<38}{'ms':>10} {'p20':>9} {'p80':>9} {'GB/s':>7} {'% bw':>6} {'peer/x':>8} "
+        f"{'model':>8}  extra"
     )
     for line in lines:
         if line["kind"] == "row" and "p50_ms" in line:
             ratio = line["best_peer_over_this"]
-            extra = line["extra_bytes"]
+            extra, percent = line["extra_bytes"], line["percent_of_bandwidth"]
+            model = line.get("predicted_ms")
             print(
                 f"  {line['peer']:<38}{line['p50_ms']:>10.2f} {line['p20_ms']:>9.2f} "
                 f"{line['p80_ms']:>9.2f} {line['gb_per_s']:>7.2f} "
-                f"{line['percent_of_bandwidth'] or 0:>6.1f} "
-                f"{'' if ratio is None else f'{ratio:.2f}':>8}  "
+                f"{'' if percent is None else f'{percent:.1f}':>6} "
+                f"{'' if ratio is None else f'{ratio:.2f}':>8} "
+                f"{'' if model is None else f'{model:.2f}':>8}  "
                 f"{'?' if extra is None else size(extra)}  ({line['repeats']} calls)"
             )
         elif line["kind"] == "row":
@@ -138,44 +152,70 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """All cases asked for; 1 if an answer of ours was wrong."""
     import torch
 
-    from bench import harness, machine
+    from bench import machine
 
     torch.set_num_threads(args.threads)
-    common = machine.describe()
+    common = {"quick": args.quick, **machine.describe()}
     print(" | ".join(f"{key} {value}" for key, value in common.items()))
-    started, out, failed = time.monotonic(), [], False
+    started, out = time.monotonic(), []
     for op in args.ops:
         for name, build in importlib.import_module(f"bench.{OPS[op]}").cases(args.quick):
-            if args.only not in name:
-                continue
-            case = build()
-            lines = list(records(name, case, harness.run_case(case, args.quick)))
-            del case
-            show(lines)
-            out += [{**line, "quick": args.quick, **common} for line in lines]
-            failed |= any(
-                line["kind"] == "row" and line["role"] == "ours" and line["status"] != "ok"
-                for line in lines
-            )
-            if args.out:
-                write(args.out, out)
-    print(f"\n{time.monotonic() - started:.0f} s")
+            if args.only in name:
+                lines = run_one(op, name, build, common)
+                show(lines)
+                out += [{**line, **common} for line in lines]
+                if args.out:
+                    write(part_of(args.out), out)
+    ours = [line for line in out if line["kind"] == "row" and line["role"] == "ours"]
+    wrong, absent = (
+        sum(line["status"].startswith(word) for line in ours) for word in ("wrong", "absent")
+    )
+    print(f"\n{time.monotonic() - started:.0f} s; of ours {wrong} wrong, {absent} absent")
     if args.out:
+        if args.update and args.out.exists():
+            write(part_of(args.out), [*others(args.out, out), *out])
+        part_of(args.out).replace(args.out)
         print(f"written: {args.out}")
-    return 1 if failed else 0
+    return 1 if wrong else 0
+
+
+def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """The JSON lines of one case, its inputs made and gone again; the last one says how long."""
+    from bench import harness
+
+    started = time.monotonic()
+    try:
+        case = build()
+    except (harness.Absent, ImportError, MemoryError) as error:
+        case = harness.absent_case(op, error)
+    rows = harness.run_case(case, common["quick"])
+    lines = list(records(name, case, rows, common["gflop_per_s"]))
+    seconds = round(time.monotonic() - started, 2)
+    head = {key: lines[0][key] for key in ("op", "case", "dtype", "n")}
+    return [*lines, {"kind": "case", **head, "seconds": seconds}]
+
+
+def others(path: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a file that belong to other cases."""
+    done = {(line["op"], line["case"]) for line in lines}
+    kept = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [line for line in kept if (line["op"], line["case"]) not in done]
+
+
+def part_of(path: Path) -> Path:
+    """Where the lines lie until all are there: an interrupted run leaves the old ones alone."""
+    return path.with_name(path.name + ".part")
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """All lines so far, to a temporary file first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Scratch inside an operation is not seen.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,13 @@ from torch.utils._pytree import tree_leaves
 class Allocations(TorchDispatchMode):
     """Counts the storages that operations make while the mode is on.
 
+    Parameters
+    ----------
+    *known : Tensor
+        Their storages are none of the new ones.
+    counts : callable, optional
+        ``counts(operation, bytes)``: whether a new storage enters `live` and `peak`; all do.
+
     Attributes
     ----------
     made : list of (str, shape, int)
@@ -24,8 +32,9 @@ class Allocations(TorchDispatchMode):
         Bytes alive now and at most; what was there before counts zero, also when it is freed.
     """
 
-    def __init__(self, *known: Tensor) -> None:
+    def __init__(self, *known: Tensor, counts: Callable[[str, int], bool] | None = None) -> None:
         super().__init__()
+        self._counts = counts
         self.made: list[tuple[str, tuple[int, ...], int]] = []
         self.live = self.peak = 0
         self._known = {_key(tensor) for tensor in known}
@@ -43,6 +52,8 @@ class Allocations(TorchDispatchMode):
         n_bytes = storage.nbytes()
         self.made.append((name, tuple(tensor.shape), n_bytes))
         self._known.add(key)
+        if self._counts is not None and not self._counts(name, n_bytes):
+            n_bytes = 0
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, key, n_bytes)

@@ -69,7 +69,9 @@ def accumulate(shapes: list[tuple[int, ...]]) -> Case:
         Target("bandwidth / a copy's", share_of_bandwidth(OURS), 85, at_most=False, unit="%"),
         Target("faster than torch._foreach", under_best(FOREACH, OURS), 2.0, at_most=False),
     ]
-    return Case("accumulate_squares_", "bf16 -> fp32", n, 10 * n, peers, targets)
+    return Case(
+        "accumulate_squares_", "bf16 -> fp32", n, 10 * n, peers, targets, tensors=len(shapes)
+    )
 
 
 def compiled(squares: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:

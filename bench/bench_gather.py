@@ -45,7 +45,7 @@ def take(shapes: list[tuple[int, ...]]) -> Case:
         Peer("piece_ops", lambda: gather(sources, indices, dtype=torch.float32), right, "ours"),
         Peer("torch.index_select", index_select, right),
     ]
-    return Case("gather", "bf16 -> fp32", n, 14 * k, peers)
+    return Case("gather", "bf16 -> fp32", n, 14 * k, peers, k=k, tensors=len(shapes))
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:

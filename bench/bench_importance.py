@@ -1,7 +1,11 @@
-"""Per-sample importance of a model like SmolLM2-135M: one batched pass, against a plain backward.
+"""Per-sample importance of SmolLM2-135M: one batched pass, against a plain backward; a budget.
 
-8 rows of 64 tokens, piece-f, embeddings no candidates; random weights of SmolLM2's shapes. Bytes:
-the candidates' weights, read forward and backward, and their accumulators, read and written.
+8 rows of 64 tokens of real text, piece-f, embeddings no candidates. Bytes: the candidates' weights,
+read forward and backward, and their accumulators, read and written.
+
+With a memory budget of a tenth of the accumulators, `estimate` (piece-s, 4 rows of 64 tokens) goes
+over its batches once for each group of parameters, or once in all if there is but one batch; a pass
+should cost what the one over all parameters costs, and the selection must be the same.
 """
 
 from __future__ import annotations
@@ -12,46 +16,29 @@ from typing import Any
 
 import torch
 
-from bench.harness import Absent, Case, Peer, Target, time_ratio
+import piece_ops
+from bench.harness import Absent, Case, Peer, Row, Target, time_ratio
+from bench.smollm2 import absent_case, case_name, load, token_ids
 from piece_ops.importance import Importance
+from piece_ops.importance.budget import bytes_of, groups_within
 
-ROWS, TOKENS, VOCABULARY = 8, 64, 49152
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
+WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
 
 
-def build_model(quick: bool, dtype: torch.dtype) -> Any:
-    """SmolLM2-135M's architecture (two layers of it when quick)."""
+def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise Absent("transformers is not installed") from error
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=2 if quick else 30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def importance(quick: bool, dtype: torch.dtype) -> Case:
-    name, batch, tokens = str(dtype).removeprefix("torch."), {}, ROWS * TOKENS
-    try:
-        model = build_model(quick, dtype)
-        ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        batched = Importance(model, "piece-f")
-        loop = Importance(model, "piece-f", per_sample="loop")
-        loop.update(batch)
-        one_pass = {n: float(t.double().sum()) for n, t in loop._square_sums.items()}
-        n, size = batched.candidate_count, model.lm_head.weight.element_size()
-        batched.update(batch)  # the first batch of a kind is also tried row by row
+        model = load(quick, dtype).eval()
     except Absent as error:
-        return Case("importance", name, 0, 0, [Peer(OURS, partial(_raise, error), role="ours")])
+        return absent_case("importance", dtype, OURS, error)
+    ids = token_ids(quick, *size)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batched = Importance(model, "piece-f")
+    loop = Importance(model, "piece-f", per_sample="loop")
+    loop.update(batch)
+    one_pass = {n: float(t.double().sum()) for n, t in loop._square_sums.items()}
+    n, width = batched.candidate_count, model.lm_head.weight.element_size()
+    batched.update(batch)  # the first batch of a kind is also tried row by row
 
     def plain() -> None:
         model(**batch).loss.backward()
@@ -65,7 +52,7 @@ def importance(quick: bool, dtype: torch.dtype) -> Case:
         """The passes so far, each with the loop's squares but for rounding."""
         if which.looped:
             return f"{len(which.looped)} parameters went by the loop"
-        passes = which.sample_count / ROWS
+        passes = which.sample_count / len(ids)
         room = 1e-3 if dtype == torch.float32 else 0.1
         for parameter, wanted in one_pass.items():
             got = float(which._square_sums[parameter].double().sum()) / passes
@@ -82,14 +69,55 @@ def importance(quick: bool, dtype: torch.dtype) -> Case:
         Target("time / forward + backward", time_ratio(OURS, PLAIN), 1.25, at_most=True),
         Target("faster than the loop", time_ratio(LOOP, OURS), 1.5, at_most=False),
     ]
-    return Case("importance", name, tokens, (2 * size + 8) * n, peers, targets)
+    name = str(dtype).removeprefix("torch.")
+    return Case("importance", name, ids.numel(), (2 * width + 8) * n, peers, targets)
 
 
-def _raise(error: Exception) -> None:
-    raise error
+def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batches: int) -> Case:
+    try:
+        model = load(quick, dtype).eval()
+    except Absent as error:
+        return absent_case("importance", dtype, BOUNDED, error)
+    ids = token_ids(quick, *size)
+    batches = [{"input_ids": part, "labels": part} for part in ids.chunk(n_batches)]
+    sizes = bytes_of(Importance(model, "piece-s"))
+    budget = sum(sizes.values()) // 10
+    passes = 1 if n_batches == 1 else len(groups_within(sizes, budget))
+    chosen: list[piece_ops.Selection] = []  # by the first call of the unbounded one
+
+    def estimate(**settings: Any) -> piece_ops.Selection:
+        return piece_ops.estimate(model, batches, "piece-s", density=1e-3, **settings)
+
+    def same(got: piece_ops.Selection) -> str | None:
+        want = chosen[0]
+        is_same = got.threshold == want.threshold and got.indices.keys() == want.indices.keys()
+        if is_same and all(torch.equal(got.indices[n], want.indices[n]) for n in want.indices):
+            return None
+        return "another selection"
+
+    def remember(got: piece_ops.Selection) -> str | None:
+        chosen.append(got)
+        return None if got.k else "nothing is selected"
+
+    def a_pass(rows: dict[str, Row]) -> float | None:
+        ratio = time_ratio(BOUNDED, WHOLE)(rows)
+        return None if ratio is None else ratio / passes
+
+    note = f"{budget} bytes, {passes} passes" if passes > 1 else f"{budget} bytes, one pass"
+    peers = [
+        Peer(WHOLE, estimate, remember),
+        Peer(BOUNDED, lambda: estimate(memory_budget=budget), same, "ours", note=note),
+    ]
+    targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
+    name, n = str(dtype).removeprefix("torch."), sum(sizes.values()) // 8
+    return Case("importance", name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets)
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    size, less = ((4, 16), (4, 16)) if quick else ((8, 64), (4, 64))
     for dtype in (torch.float32, torch.bfloat16):
-        name = f"{ROWS} x {TOKENS} tokens, {'two layers' if quick else 'SmolLM2-135M'}, {dtype}"
-        yield name.replace("torch.", ""), partial(importance, quick, dtype)
+        kind = str(dtype).removeprefix("torch.")
+        yield case_name(quick, *size, kind), partial(importance, quick, dtype, size)
+        for n_batches, how in ((2, "two batches"), (1, "one batch")):
+            name = case_name(quick, *less, f"budget of a tenth, {how}", kind)
+            yield name, partial(within_budget, quick, dtype, less, n_batches)

@@ -146,6 +146,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     for dtype in (torch.float32, torch.bfloat16):
         for is_skewed in (False, True):
             how = "in few rows and columns" if is_skewed else "at random"
-            yield f"{what}, {how}", partial(all_layers, shapes, dtype, is_skewed)
+            kind = str(dtype).removeprefix("torch.")
+            yield f"{what}, {how}, {kind}", partial(all_layers, shapes, dtype, is_skewed)
     for density in (1e-3,) if quick else (1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0):
         yield f"1536 x 576, {100 * density:g} %", partial(one_density, density, torch.float32)

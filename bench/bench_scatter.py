@@ -45,7 +45,7 @@ def put(shapes: list[tuple[int, ...]]) -> Case:
         Peer("piece_ops", lambda: scatter_(targets, indices, values), right, "ours", reset),
         Peer("torch.index_copy_", index_copy, right, reset=reset),
     ]
-    return Case("scatter_", "fp32 -> bf16", n, 14 * k, peers)
+    return Case("scatter_", "fp32 -> bf16", n, 14 * k, peers, k=k, tensors=len(shapes))
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:

@@ -33,7 +33,7 @@ def add_up(shapes: list[tuple[int, ...]]) -> Case:
         Peer("piece_ops", lambda: total(parts), right, "ours"),
         Peer("torch.sum, float64", torch_sum, right),
     ]
-    return Case("total", "fp32", n, 4 * n, peers)
+    return Case("total", "fp32", n, 4 * n, peers, tensors=len(shapes))
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:

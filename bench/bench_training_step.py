@@ -7,17 +7,19 @@ sampling can be expected below 4 N / 6 N = 0.67 of the products' time; attention
 same for all, dilute it. Where the embedding (28.3 M, also the output head) has no selected weight,
 masking may freeze it and pays 2 (N - 28.3 M): 0.72 of the products' time at best.
 
-Memory beyond weights and activations is what is held from step to step, in bytes of tensors, and
-by how much the peak of a step, as the dispatcher sees it, exceeds that of a step which drops every
-dense gradient at once and updates nothing. What backward needs of inputs counts as activations.
+Memory beyond weights and activations: what is held from step to step, and the largest of what
+forward, backward and update each make on top. Forward and backward are watched by the dispatcher
+beside those of the same model frozen: a storage that has no counterpart of its size there counts,
+also where the logits are far larger, until it is freed. Copies of columns of an input, which
+backward needs in place of the input, count as activations.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import piece_ops
 from bench.allocations import Allocations
 from bench.harness import Absent, Case, Peer, Row, Target, time_ratio
+from bench.smollm2 import absent_case, case_name, load, token_ids
 from piece_ops._taps import TAP
 
 OURS = "piece_ops"
@@ -33,41 +36,6 @@ MASKED = "torch: mask gradients, AdamW(fused)"
 PARTLY = "the same, unselected tensors frozen"
 FROZEN = "forward, gradients of inputs only"
 RATES = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / ".cache" / "smollm2-135m-instruct"
-
-
-def load(quick: bool, dtype: torch.dtype) -> Any:
-    """SmolLM2-135M as the demo stores it, or a small model like it."""
-    try:
-        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise Absent(str(error)) from None
-    if quick:
-        config = LlamaConfig(
-            vocab_size=1000,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-        return LlamaForCausalLM(config).to(dtype).train()
-    if not FOLDER.exists():
-        raise Absent(f"no model in {FOLDER}; `make demo` puts it there")
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).train()
-
-
-def tokens(quick: bool) -> Tensor:
-    """Four rows of 128: real text, so that piece-s chooses as it does in use."""
-    if quick:
-        return torch.randint(1000, (2, 16), generator=torch.Generator().manual_seed(0))
-    from transformers import AutoTokenizer
-
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(FOLDER)(text, return_tensors="pt")["input_ids"]
-    return ids[0, : 4 * 128].view(4, 128)  # type: ignore[no-any-return]
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -89,13 +57,14 @@ class Sampled:
         return loss.detach()
 
     def held_bytes(self) -> int:
-        """Values, their gradients, positions, what the taps know, moments."""
+        """Values, positions, base values, what the taps know, moments; no gradients."""
         values = list(self.model.values.parameters())
+        targets = [v.piece_target for v in values]  # type: ignore[attr-defined]
         taps = [m.__dict__[TAP] for m in self.model.modules() if TAP in m.__dict__]
         moments = [s[key] for s in self.optimizer.state.values() for key in s if key != "step"]
-        positions = self.model.selection.indices.values()
+        kept = [tensor for t in targets for tensor in (t.indices, t.base_values)]
         plans = [tensor for tap in taps for tensor in (tap.used, tap.positions)]
-        return n_bytes(values) * 2 + n_bytes(positions) + n_bytes(plans) + n_bytes(moments)
+        return n_bytes([*values, *kept, *plans, *moments])
 
 
 class Masked:
@@ -142,43 +111,59 @@ class Frozen:
         return loss.detach()
 
 
-def dropping_peak(model: nn.Module, selection: piece_ops.Selection, data: dict[str, Tensor]) -> int:
-    """Peak bytes of forward and backward when no dense gradient outlives its making."""
+def beyond_activations(run: Sampled, frozen: Frozen, data: dict[str, Tensor]) -> int:
+    """Bytes of a step beyond weights and activations."""
+    run.step(data)  # makes the optimizer's state
+    held = run.held_bytes()
+    losses: dict[int, Tensor] = {}
 
-    def drop(weight: Tensor) -> None:
-        weight.grad = None
+    def forward(model: Any) -> None:
+        losses[id(model)] = model(**data).loss
 
-    hooks = []
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(name in selection.indices)
-        if name in selection.indices:
-            hooks.append(weight.register_post_accumulate_grad_hook(drop))
-    with Allocations(*model.parameters()) as seen:
-        model(**data).loss.backward()
-    for hook in hooks:
-        hook.remove()
+    def backward(model: Any) -> None:
+        losses.pop(id(model)).backward()
+
+    most = 0
+    for phase in (forward, backward):
+        with Allocations(*frozen.model.parameters()) as plain:
+            phase(frozen.model)
+        most = max(most, unmatched_peak(plain, partial(phase, run.model), run.model))
+    gradients = n_bytes(values.grad for values in run.model.values.parameters())
+    with Allocations(*run.model.parameters()) as update:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return held + max(most, gradients + update.peak)
+
+
+def unmatched_peak(plain: Allocations, phase: Callable[[], None], model: nn.Module) -> int:
+    """Peak bytes of what a phase makes and the plain one does not, by size."""
+    expected = Counter(n_bytes for _, _, n_bytes in plain.made)
+
+    def counts(operation: str, size: int) -> bool:
+        if operation.startswith("aten.index_select"):  # columns of an input, kept for backward
+            return False
+        expected[size] -= 1
+        return expected[size] < 0
+
+    with Allocations(*model.parameters(), counts=counts) as seen:
+        phase()
     return seen.peak
 
 
-def beyond_activations(run: Sampled, data: dict[str, Tensor], dropping: int) -> int:
-    """Bytes of a step beyond weights and activations: held, or at the peak, what is more."""
-    run.step(data)
-    with Allocations(*run.model.parameters()) as seen:
-        run.step(data)
-    return max(0, seen.peak - dropping) + run.held_bytes()
-
-
-def step_case(quick: bool, dtype: torch.dtype, method: str, embeddings: bool) -> Case:
-    base = load(quick, dtype)
+def step_case(
+    quick: bool, dtype: torch.dtype, method: str, embeddings: bool, size: tuple[int, int]
+) -> Case:
+    try:
+        base = load(quick, dtype)
+    except Absent as error:
+        return absent_case("training_step", dtype, OURS, error)
     weights = [p.detach() for p in base.parameters()]
-    ids = tokens(quick)
+    ids = token_ids(quick, *size)
     data = {"input_ids": ids, "labels": ids}
-    samples = [{key: value[i : i + 1] for key, value in data.items()} for i in range(len(ids))]
-    selection = piece_ops.estimate(base, samples, method, density=1e-3, embeddings=embeddings)
+    selection = piece_ops.estimate(base, [data], method, density=1e-3, embeddings=embeddings)
     names = {name for name, _ in base.named_parameters()} - set(selection.indices)
     with torch.no_grad():
         want = float(base(**data).loss)
-    dropping = dropping_peak(copy.deepcopy(base), selection, data)
     ours = Sampled(copy.deepcopy(base), selection)
     masked = Masked(copy.deepcopy(base), selection, everything=True)
     partly = Masked(copy.deepcopy(base), selection, everything=False)
@@ -202,7 +187,7 @@ def step_case(quick: bool, dtype: torch.dtype, method: str, embeddings: bool) ->
 
     total = n_bytes(weights)
     peers = [
-        Peer(FROZEN, lambda: frozen.step(data), right(frozen), "floor"),
+        Peer(FROZEN, lambda: frozen.step(data), right(frozen), "bound"),
         Peer(OURS, lambda: ours.step(data), right(ours), "ours"),
     ]
     for peer, run in ((MASKED, masked), (PARTLY, partly)):
@@ -210,7 +195,7 @@ def step_case(quick: bool, dtype: torch.dtype, method: str, embeddings: bool) ->
         peers.append(Peer(peer, partial(run.step, data), right(run), note=note))
 
     def share(by_name: dict[str, Row]) -> float:
-        return 100 * beyond_activations(ours, data, dropping) / total
+        return 100 * beyond_activations(ours, frozen, data) / total
 
     targets = [
         Target("time of a step / with masks", time_ratio(OURS, MASKED), 0.72, at_most=True),
@@ -223,12 +208,13 @@ def step_case(quick: bool, dtype: torch.dtype, method: str, embeddings: bool) ->
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    size = (2, 16) if quick else (4, 128)
     for dtype, method, embeddings in (
-        (torch.float32, "random", False),
-        (torch.bfloat16, "random", False),
         (torch.float32, "piece-s", False),
+        (torch.bfloat16, "piece-s", False),
         (torch.float32, "random", True),
     ):
-        name = f"4 x 128 tokens, 0.1 % by {method}, {str(dtype).removeprefix('torch.')}"
-        name += ", embeddings too" if embeddings else ""
-        yield name, partial(step_case, quick, dtype, method, embeddings)
+        more = [f"0.1 % by {method}", str(dtype).removeprefix("torch.")]
+        more += ["embeddings too"] if embeddings else []
+        name = case_name(quick, *size, *more)
+        yield name, partial(step_case, quick, dtype, method, embeddings, size)

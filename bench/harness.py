@@ -2,15 +2,17 @@
 
 What is measured, and how:
 
-- A case has peers of three roles: ``ours``, ``peer`` (somebody else's way to the same answer) and
-  ``floor`` (a plain read or copy of the same memory, which says what bandwidth there is).
+- A case has peers of four roles: ``ours``, ``peer`` (somebody else's way to the same answer),
+  ``floor`` (a plain read or copy of the same memory, which says what bandwidth there is) and
+  ``bound`` (a part of the work that no way can do without; it says nothing about bandwidth).
 - The first call of each peer is checked against the reference and measures its extra memory: free
   heap pages are handed back, the high-water mark of the resident set is reset, and what the mark
   rises above the resident set is the peer's scratch and result. A wrong peer is reported and not
   timed; a peer that cannot run is a row that says why.
 - Then one more call to warm up, and timed rounds: every round calls every peer once, so that a
-  slow phase of the machine hits all alike. Median, 20th and 80th percentile. Peers that take
-  seconds get fewer rounds; each row has its count.
+  slow phase of the machine hits all alike. Median, 20th and 80th percentile. A peer gets as many
+  rounds as fit into a few seconds; one whose first call took longer than these is not called
+  again: that call is its time. Each row has its count.
 - A row says how many bytes its op must move, hence GB/s, and the share of the bandwidth that the
   best floor of the same case and run reached.
 """
@@ -24,9 +26,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-Role = Literal["ours", "peer", "floor"]
+Role = Literal["ours", "peer", "floor", "bound"]
+MOST_ROUNDS = 11
+T = TypeVar("T")
 
 
 class Absent(Exception):
@@ -39,7 +43,8 @@ class Peer:
 
     ``check`` gets what ``run`` returned and says what is wrong with it (None: right). ``reset``
     is called before each run, not timed; ``prepare`` once before the first (to compile).
-    ``n_bytes``: if other than the case's.
+    ``n_bytes``: if other than the case's. ``at``: where in a sweep this row stands: ``x``, and what
+    of the case's n, k, tensors and threads it changes.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Peer:
     prepare: Callable[[], None] | None = None
     n_bytes: int | None = None
     note: str = ""
+    at: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,7 +73,9 @@ class Target:
 class Case:
     """Inputs built, ready to run. ``n_bytes``: what the op must read and write at least.
 
+    ``k``: how many of the n elements are selected (0: none are); ``tensors``: in how many they lie.
     ``measured``: rows of a case whose peers cannot be in memory together, made with it.
+    ``peer_seconds``: what the timed calls of one peer may take together.
 
     The module of an op has ``cases(quick)``: names, each with a function that builds the case, so
     that one case's inputs are gone before the next one's are made.
@@ -80,6 +88,9 @@ class Case:
     peers: list[Peer]
     targets: list[Target] = field(default_factory=list)
     measured: list[Row] = field(default_factory=list)
+    peer_seconds: float = 4.0
+    k: int = 0
+    tensors: int = 1
 
 
 @dataclass
@@ -94,6 +105,7 @@ class Row:
     extra_bytes: int | None = None
     note: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    at: dict[str, Any] = field(default_factory=dict)
 
     @property
     def p50_ms(self) -> float:
@@ -126,7 +138,7 @@ def _settle_memory() -> int:
     return _status_bytes("VmRSS")
 
 
-def measure_extra_bytes(run: Callable[[], Any]) -> tuple[Any, int | None]:
+def measure_extra_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
     """Run once; its result and how far resident memory rose (None where Linux does not say)."""
     try:
         before = _settle_memory()
@@ -136,20 +148,41 @@ def measure_extra_bytes(run: Callable[[], Any]) -> tuple[Any, int | None]:
     return result, max(0, _status_bytes("VmHWM") - before)
 
 
+def timed(run: Callable[[], T]) -> Callable[[], tuple[T, float]]:
+    """The same function, with the seconds it took."""
+
+    def both() -> tuple[T, float]:
+        start = time.perf_counter()
+        result = run()
+        return result, time.perf_counter() - start
+
+    return both
+
+
+def require_memory(n_bytes: float) -> None:
+    """Raise Absent if the machine has not this much memory to give."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return
+    free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    if free < n_bytes:
+        raise Absent(f"needs {n_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+
+
 # ---- running ----------------------------------------------------------------------------------
 
 
 def _first_call(peer: Peer, case: Case) -> tuple[Row, float]:
     """Check the answer and measure memory; the row, and the seconds that the call took."""
-    row = Row(peer.name, peer.role, "ok", peer.n_bytes or case.n_bytes, note=peer.note)
+    n_bytes = peer.n_bytes or case.n_bytes
+    row = Row(peer.name, peer.role, "ok", n_bytes, note=peer.note, at=peer.at)
     try:
         if peer.prepare:
             peer.prepare()
         if peer.reset:
             peer.reset()
-        start = time.perf_counter()
-        result, row.extra_bytes = measure_extra_bytes(peer.run)
-        seconds = time.perf_counter() - start
+        (result, seconds), row.extra_bytes = measure_extra_bytes(timed(peer.run))
     except (Absent, ImportError, NotImplementedError, MemoryError) as error:
         row.status = f"absent: {error}"
         return row, 0.0
@@ -166,21 +199,12 @@ def _timed_call(peer: Peer) -> float:
     """Seconds of one call; its result is dropped outside the timing."""
     if peer.reset:
         peer.reset()
-    start = time.perf_counter()
-    result = peer.run()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
+    return timed(peer.run)()[1]
 
 
-def _rounds(seconds: float, quick: bool) -> int:
-    """Timed calls of a peer that takes this long: what fits into a few seconds."""
-    if quick:
-        return 3 if seconds < 2 else 1
-    for limit, count in ((0.6, 11), (1.2, 7), (2.5, 5), (6.0, 3)):
-        if seconds < limit:
-            return count
-    return 1
+def _rounds(seconds: float, limit: float, quick: bool) -> int:
+    """Timed calls of a peer that takes this long."""
+    return min(3 if quick else MOST_ROUNDS, max(1, int(limit / max(seconds, 1e-9))))
 
 
 def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: None) -> list[Row]:
@@ -190,11 +214,15 @@ def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: 
     for peer in case.peers:
         row, seconds = _first_call(peer, case)
         say(f"{peer.name}: {row.status}, first call {seconds:.3f} s")
-        # The first call pays for page faults and state; a call of many seconds hardly notices.
-        if row.status == "ok" and seconds < 6:
-            seconds = min(seconds, _timed_call(peer))
         rows.append(row)
-        counts.append(_rounds(seconds, quick) if row.status == "ok" else 0)
+        if row.status != "ok":
+            counts.append(0)
+        elif seconds >= case.peer_seconds:
+            row.times_ms.append(seconds * 1e3)
+            counts.append(0)
+        else:  # the first call also paid for page faults and state
+            seconds = min(seconds, _timed_call(peer))
+            counts.append(_rounds(seconds, case.peer_seconds, quick))
     gc.collect()
     gc.disable()
     try:
@@ -205,6 +233,12 @@ def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: 
     finally:
         gc.enable()
     return [*case.measured, *rows]
+
+
+def absent_case(op: str, error: Exception) -> Case:
+    """What stands for a case whose inputs cannot be made here: one row that says why."""
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return Case(op, "", 0, 0, [], measured=[Row("all", "ours", f"absent: {why}", 0)])
 
 
 # ---- what is computed from rows ---------------------------------------------------------------

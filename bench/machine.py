@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from piece_ops import _native
+from piece_ops.predict import device
 
 # Freed memory stays in the process, in huge pages: without this torch.topk and numpy spend most of
 # their time in page faults. Every peer gets the same.
@@ -52,6 +54,14 @@ def _git_hash() -> str:
     return named.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def _version(package: str) -> str | None:
+    """None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """The fields common to all rows of one run."""
     held = _native.describe()
@@ -62,10 +72,12 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "threads": torch.get_num_threads(),
         "isa": held["isa"],
+        "gflop_per_s": round(device("cpu", torch.float32).products / 1e9, 1),
         "piece_ops": held["version"],
         "git": _git_hash(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: _version(name) for name in ("transformers", "peft", "jax")},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),

@@ -1,15 +1,18 @@
-"""PIECE as its authors' released code goes about it, up to the masks: what a user of it waits for.
+"""PIECE as its authors' released code goes about it: what a user of it waits for.
 
 Sums of gradients and of squares in the model's dtype, bfloat16; a file per tensor for the sums, the
 squares and the scores; all scores of the model read back as float32, embeddings' zeroed, and
 concatenated on the CPU, two copies; one torch.topk; every index unravelled by itself into a JSON
-list per tensor; dense masks, written entry by entry from the JSON. Training then multiplies in
-tensor hooks: the row of mask hooks.
+list per tensor; dense masks, written entry by entry from the JSON, which hooks multiply gradients
+with; AdamW of all weights but the frozen embeddings. A tensor without a selected weight gets no
+JSON, therefore a mask of ones, and trains whole. (Its optimizer runs on the CPU beside a GPU and
+clips gradients' norms; here it is torch.optim.AdamW at this benchmark's rates, and nothing clips.)
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.bench_training_step import RATES, n_bytes
 from bench.pipeline_way import DENSITY, Batch, Positions, Way
 
 OFFICIAL = "PIECE as released"
@@ -24,10 +28,10 @@ OFFICIAL = "PIECE as released"
 
 class Official(Way):
     name = OFFICIAL
-    note = "bfloat16; its files are written and read; steps as with mask hooks"
+    note = "bfloat16; its files are written and read"
     cheap_select = False
     may_differ = True
-    trains = False
+    same_first_loss = 2e-2  # bfloat16
 
     def __init__(self, model: Any) -> None:
         super().__init__(model.to(torch.bfloat16))
@@ -80,8 +84,12 @@ class Official(Way):
         return {name: _flat(entries, weights[name]) for name, entries in lists.items()}
 
     def set_up(self, chosen: Positions, folder: Path) -> None:
-        self.masks = []
+        del self.sums, self.squares
+        self.masks, trained = [], []
         for name, weight in self.model.named_parameters():
+            if "embed" in name:
+                weight.requires_grad_(False)
+                continue
             mask = torch.zeros_like(weight, requires_grad=False)
             file = folder / f"{name}.json"
             if file.exists():
@@ -89,7 +97,14 @@ class Official(Way):
                     mask[tuple(position)] = 1.0
             else:
                 mask.fill_(1.0)
+                self.whole.add(name)
+            weight.register_hook(partial(torch.mul, mask))
             self.masks.append(mask)
+            trained.append(weight)
+        self.optimizer = torch.optim.AdamW(trained, fused=True, **RATES)
+
+    def state_bytes(self) -> int:
+        return super().state_bytes() + n_bytes(self.masks)
 
 
 def _flat(entries: list[list[int]], shape: tuple[int, ...]) -> Tensor:

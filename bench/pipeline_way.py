@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from bench.bench_training_step import n_bytes
-from bench.harness import Absent, Role, Row, measure_extra_bytes
+from bench.harness import Absent, Role, Row, measure_extra_bytes, timed
 
 DENSITY = 1e-3
 Batch = dict[str, Tensor]
@@ -44,11 +42,12 @@ class Way:
     select: Callable[[Path], Positions] | None = None
     cheap_select = True
     may_differ = False  # its choice is not that of piece-s in float32
-    trains = True
     all_move = False  # no weight is to stay as it was
+    same_first_loss = 1e-3  # relative, to the model's in float32
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.whole: set[str] = set()  # tensors that train whole
 
     def set_up(self, chosen: Positions, folder: Path) -> None:
         """Masks, hooks, wrappers and the optimizer."""
@@ -83,9 +82,8 @@ def milliseconds(run: Callable[[], T], times: int = 1) -> tuple[T, float]:
     """What `run` returns the last time, and the median of its times."""
     taken = []
     for _ in range(times):
-        start = time.perf_counter()
-        result = run()
-        taken.append((time.perf_counter() - start) * 1e3)
+        result, seconds = timed(run)()
+        taken.append(seconds * 1e3)
     return result, statistics.median(taken)
 
 
@@ -97,18 +95,21 @@ def wrong_moves(way: Way, base: nn.Module, chosen: Positions | None) -> str | No
     if set(now) != set(before):
         return f"weights {sorted(set(now) ^ set(before))[:3]} are not those of the model"
     for name, weight in now.items():
-        moved = (weight.detach().view(-1) != before[name].detach().view(-1)).nonzero().view(-1)
+        if name in way.whole:
+            continue
+        old = before[name].detach().to(weight.dtype)
+        moved = (weight.detach().view(-1) != old.view(-1)).nonzero().view(-1)
         allowed = (chosen or {}).get(name, torch.empty(0, dtype=torch.int64))
         if not torch.isin(moved, allowed).all():
             return f"weights of {name} moved that were not selected"
     return None
 
 
-def wrong_losses(losses: list[float], first: float, epoch: int) -> str | None:
+def wrong_losses(losses: list[float], first: float, epoch: int, same: float = 1e-3) -> str | None:
     """Each epoch sees the same batches: the last one's losses must be below the first one's."""
     if not all(math.isfinite(loss) for loss in losses):
         return "a loss is not finite"
-    if abs(losses[0] - first) > 1e-3 * first:
+    if abs(losses[0] - first) > same * first:
         return f"the first loss is {losses[0]}, not the model's {first}"
     if not sum(losses[-epoch:]) < sum(losses[:epoch]):
         return f"losses do not fall: {losses[0]:.4f} to {losses[-1]:.4f}"
@@ -121,88 +122,104 @@ def agreement(a: Positions, b: Positions) -> float:
     return shared / sum(positions.numel() for positions in b.values())
 
 
+WARM_UP = 2  # steps that are not timed: they make optimizer states and gradients
+
+
 class Measured:
-    """The row of a way, its losses and what it selected."""
+    """One way on its way: its row, its losses and what it selected.
 
-    def __init__(self, row: Row, losses: list[float], chosen: Positions | None) -> None:
-        self.row, self.losses, self.chosen = row, losses, chosen
-
-
-def measure(
-    kind: Callable[[Any], Way],
-    base: Any,
-    batches: list[Batch],
-    steps: int,
-    first_loss: float,
-    common: Positions | None,
-) -> Measured:
-    """Take one way from importance to checkpoint.
-
-    Steps use `common`, if given and the way's own selection may not differ: then losses can be
-    compared. Times of the first two steps are dropped.
+    `start` goes from importance to the first steps, `step` is called in turns with other ways',
+    `finish` writes the checkpoint and checks. What raises is a row that says so.
     """
-    way = kind(copy.deepcopy(base))
-    row, chosen, losses = Row(way.name, way.role, "ok", 0, note=way.note), None, []
-    figures = row.figures
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+
+    def __init__(self, kind: Callable[[Any], Way], base: Any, batches: list[Batch]) -> None:
+        self.base, self.batches = base, batches
+        self.way = kind(copy.deepcopy(base))
+        self.row = Row(self.way.name, self.way.role, "ok", 0, note=self.way.note)
+        self.chosen: Positions | None = None
+        self.losses: list[float] = []
+        self.folder = tempfile.TemporaryDirectory()
+
+    @property
+    def is_right(self) -> bool:
+        return self.row.status == "ok"
+
+    def _guarded(self, run: Callable[[], None]) -> None:
         try:
-            if way.importance:
-                _, figures["importance_ms"] = milliseconds(lambda: way.importance(batches))
-            if way.select:
-                select = way.select
-                chosen, taken = milliseconds(lambda: select(folder), 3 if way.cheap_select else 1)
-                figures["select_ms"] = taken
-                if common is not None:
-                    figures["same_positions"] = agreement(chosen, common)
-                    if not way.may_differ:
-                        if figures["same_positions"] < 0.999:
-                            row.status = f"wrong: {figures['same_positions']:.4f} of the positions"
-                        chosen = common
-            gc.collect()
-            _, figures["set_up_ms"] = milliseconds(lambda: way.set_up(chosen or {}, folder))
-            if way.trains:
-                losses = _train(way, base, batches, steps, first_loss, chosen, row)
-                target = folder / "checkpoint"
-                target.mkdir()
-                _, figures["checkpoint_ms"] = milliseconds(lambda: way.save(target))
-                files = [path for path in target.rglob("*") if path.is_file()]
-                figures["file_bytes"] = sum(path.stat().st_size for path in files)
+            run()
         except (Absent, ImportError, NotImplementedError, MemoryError, RuntimeError) as error:
-            row.status = f"absent: {str(error).splitlines()[0]}"
-    if row.status != "ok":
-        row.times_ms = []
-    return Measured(row, losses, chosen)
+            self.row.status = f"absent: {str(error).splitlines()[0]}"
+        if not self.is_right:
+            self.row.times_ms = []
 
+    def _phase(self, name: str, run: Callable[[], T], times: int = 1) -> T:
+        """Time and extra memory of a phase, the latter of its first call."""
+        figures = self.row.figures
+        (result, seconds), extra = measure_extra_bytes(timed(run))
+        figures[f"{name}_ms"] = seconds * 1e3
+        if extra is not None:
+            figures[f"{name}_extra_bytes"] = extra
+        if times > 1:
+            result, figures[f"{name}_ms"] = milliseconds(run, times)
+        return result
 
-def _train(
-    way: Way,
-    base: Any,
-    batches: list[Batch],
-    steps: int,
-    first_loss: float,
-    chosen: Positions | None,
-    row: Row,
-) -> list[float]:
-    """All steps, in a row; then what they moved. Writes times and figures into the row."""
+    def start(self, common: Positions | None) -> None:
+        """Up to the first steps; they use `common`, if given and the way may not differ."""
+        self._guarded(lambda: self._start(common))
 
-    def run() -> list[tuple[Tensor, float]]:
-        return [
-            milliseconds(lambda i=i: way.step(batches[i % len(batches)]))  # type: ignore[misc]
-            for i in range(steps)
-        ]
+    def _start(self, common: Positions | None) -> None:
+        way, folder = self.way, Path(self.folder.name)
+        if way.importance:
+            importance = way.importance
+            self._phase("importance", lambda: importance(self.batches))
+        if way.select:
+            select = way.select
+            found = self._phase("select", lambda: select(folder), 3 if way.cheap_select else 1)
+            self.chosen = found
+            if common is not None:
+                same = agreement(found, common)
+                self.row.figures["same_positions"] = same
+                if not way.may_differ:
+                    self.chosen = common
+                    if same < 0.999:
+                        self.row.status = f"wrong: {same:.4f} of the positions"
+                        return
+        chosen = self.chosen or {}
+        self._phase("set_up", lambda: way.set_up(chosen, folder))
+        _, self.row.extra_bytes = measure_extra_bytes(
+            lambda: [self._step() for _ in range(WARM_UP)]
+        )
 
-    done, row.extra_bytes = measure_extra_bytes(run)
-    losses = [float(loss) for loss, _ in done]
-    row.times_ms = [taken for _, taken in done[2:]]
-    row.figures.update(
-        steps=steps,
-        first_epoch_loss=sum(losses[: len(batches)]) / len(batches),
-        last_epoch_loss=sum(losses[-len(batches) :]) / len(batches),
-        state_bytes=way.state_bytes(),
-        ddp_bytes=n_bytes(way.reduced()),
-    )
-    wrong = wrong_losses(losses, first_loss, len(batches)) or wrong_moves(way, base, chosen)
-    if wrong and row.status == "ok":
-        row.status = f"wrong: {wrong}"
-    return losses
+    def _step(self) -> float:
+        data = self.batches[len(self.losses) % len(self.batches)]
+        loss, taken = milliseconds(lambda: self.way.step(data))
+        self.losses.append(float(loss))
+        return taken
+
+    def step(self) -> None:
+        if self.is_right:
+            self._guarded(lambda: self.row.times_ms.append(self._step()))
+
+    def finish(self, first_loss: float) -> None:
+        if self.is_right:
+            self._guarded(lambda: self._finish(first_loss))
+        self.folder.cleanup()
+
+    def _finish(self, first_loss: float) -> None:
+        way, figures, epoch = self.way, self.row.figures, len(self.batches)
+        figures.update(
+            steps=len(self.losses),
+            first_epoch_loss=sum(self.losses[:epoch]) / epoch,
+            last_epoch_loss=sum(self.losses[-epoch:]) / epoch,
+            state_bytes=way.state_bytes(),
+            ddp_bytes=n_bytes(way.reduced()),
+        )
+        target = Path(self.folder.name) / "checkpoint"
+        target.mkdir()
+        _, figures["checkpoint_ms"] = milliseconds(lambda: way.save(target))
+        files = [path for path in target.rglob("*") if path.is_file()]
+        figures["file_bytes"] = sum(path.stat().st_size for path in files)
+        wrong = wrong_losses(self.losses, first_loss, epoch, way.same_first_loss)
+        wrong = wrong or wrong_moves(way, self.base, self.chosen)
+        if wrong:
+            self.row.status = f"wrong: {wrong}"

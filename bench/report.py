@@ -1,8 +1,8 @@
-"""``python -m bench.report FILE.jsonl ...``: tables for docs/benchmarks.md and README.md.
+"""``python -m bench.report FILE.jsonl ...``: README.md, docs/benchmarks.md, scale.md and plots.
 
-docs/benchmarks.md is written whole; in README.md only what stands between the lines
-``<!-- bench:begin -->`` and ``<!-- bench:end -->``. Every number comes from the files given. Of a
-case measured more than once the last file's rows count.
+docs/benchmarks.md and docs/plots are written whole; in the two others only what stands between the
+lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->``. Every number comes from the files given.
+Of a case measured more than once the last file's rows count.
 """
 
 from __future__ import annotations
@@ -14,12 +14,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import plots, predicted
 from bench.__main__ import size
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Line = dict[str, Any]
 CaseKey = tuple[str, str]
+# What the README shows: these, and every target that is missed. Beginnings of case names.
+MAIN = {
+    "select_topk": ("Gaussian squared, n = 1e+08", "Gaussian squared, n = 5e+08", "PIECE-S"),
+    "accumulate_squares_": ("",),
+    "sparse_adamw_": ("",),
+    "pipeline": ("",),
+    "importance": ("",),
+    "training_step": ("",),
+    "delta": ("",),
+    "call_overhead": ("10 of 10,000 numbers, 1 thread",),
+}
 
 
 def load(paths: list[Path]) -> dict[CaseKey, list[Line]]:
@@ -30,7 +42,8 @@ def load(paths: list[Path]) -> dict[CaseKey, list[Line]]:
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 line = json.loads(text)
-                of_file.setdefault((line["op"], line["case"]), []).append(line)
+                on = f" on {line['device']}" if "device" in line else ""  # a GPU's rows
+                of_file.setdefault((line["op"] + on, line["case"]), []).append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f"{path}:{number}: wanted a benchmark row, got {error}") from None
         cases.update(of_file)
@@ -48,14 +61,17 @@ def where(cases: dict[CaseKey, list[Line]]) -> str:
         text = (
             f"{gpu}{r['cpu']}, {r['cores']} cores, {r['memory_gib']} GiB, {r['threads']} threads, "
             f"instruction set {r['isa']}; piece_ops {r['piece_ops']} ({r['git'] or 'no commit'}), "
-            f"torch {r['torch']}, numpy {r['numpy']}, Python {r['python']}; {r['date'][:10]}; "
-            f"`GLIBC_TUNABLES={r['glibc_tunables']}` for every peer"
+            f"torch {r['torch']}, numpy {r['numpy']}, "
+            + "".join(f"{k} {r[k]}, " for k in ("transformers", "peft", "jax") if r.get(k))
+            + f"Python {r['python']}; {r['date'][:10]}"
         )
         if r["quick"]:
             text += "; QUICK RUN: sizes too small to mean anything"
         if text not in seen:
             seen.append(text)
-    return "\n".join(f"Measured on {text}." for text in seen)
+    tunables = {lines[0]["glibc_tunables"] for lines in cases.values()} - {""}
+    said = "".join(f" `GLIBC_TUNABLES={text}` for every peer." for text in sorted(tunables))
+    return "\n".join(f"Measured on {text}." for text in seen) + said
 
 
 def number(value: float | None, unit: str) -> str:
@@ -80,8 +96,13 @@ def target_rows(key: CaseKey, lines: list[Line]) -> list[str]:
     return out
 
 
-def targets_table(cases: dict[CaseKey, list[Line]]) -> str:
-    rows = [row for key, lines in cases.items() for row in target_rows(key, lines)]
+def targets_table(cases: dict[CaseKey, list[Line]], all_of_them: bool = True) -> str:
+    """A row a target; of the README only the main cases' and what is missed."""
+    rows = []
+    for key, lines in cases.items():
+        is_main = key[1].startswith(MAIN.get(key[0], ()))
+        made = target_rows(key, lines)
+        rows += [row for row in made if all_of_them or is_main or "**" in row]
     head = ["| op: case | what | target | measured | |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows])
 
@@ -97,9 +118,12 @@ def figures_table(lines: list[Line]) -> str:
         "state_bytes": "optimizer + gradients + masks",
         "file_bytes": "checkpoint",
         "ddp_bytes": "DDP, a step",
+        "importance_extra_bytes": "importance, extra memory",
+        "select_extra_bytes": "selection, extra memory",
+        "set_up_extra_bytes": "set-up, extra memory",
     }
     columns = [*phases.values(), "a step, median", "p20 to p80", "steps", "saving", *kinds.values()]
-    head = f"| | {' | '.join(columns)} | peak of the steps |"
+    head = f"| | {' | '.join(columns)} | steps, extra memory |"
     rows = [head, "|---" * (len(columns) + 2) + "|"]
     for line in lines:
         if line["kind"] != "row":
@@ -122,7 +146,8 @@ def figures_table(lines: list[Line]) -> str:
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            "Times in ms. Peak: how far resident memory rose over the steps, activations included.",
+            "Times in ms. Extra memory: how far resident memory rose at most over the phase "
+            "(steps: the first two, activations included).",
             "",
             *rows,
         ]
@@ -130,32 +155,33 @@ def figures_table(lines: list[Line]) -> str:
 
 
 def case_table(lines: list[Line]) -> str:
-    if any("figures" in line for line in lines):
+    if any("select_ms" in line.get("figures", {}) for line in lines):
         return figures_table(lines)
     head = [
         "| | ms, median | p20 to p80 | GB/s | % of bandwidth | best peer / this "
-        "| extra memory | calls |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cost model, ms | extra memory | calls |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = []
     for line in lines:
         if line["kind"] != "row":
             continue
         name = f"**{line['peer']}**" if line["role"] == "ours" else line["peer"]
-        if line["role"] == "floor":
+        if line["role"] in ("floor", "bound"):
             name = f"*{line['peer']}*"
         if line["note"]:
             name += f" ({line['note']})"
         if "p50_ms" not in line:
-            rows.append(f"| {name} | {line['status']} | | | | | | |")
+            rows.append(f"| {name} | {line['status']} | | | | | | | |")
             continue
         ratio = line["best_peer_over_this"]
-        extra = line["extra_bytes"]
+        extra, percent = line["extra_bytes"], line["percent_of_bandwidth"]
         rows.append(
             f"| {name} | {milliseconds(line['p50_ms'])} "
             f"| {milliseconds(line['p20_ms'])} to {milliseconds(line['p80_ms'])} "
-            f"| {line['gb_per_s']:.3g} | {line['percent_of_bandwidth'] or 0:.0f} "
+            f"| {line['gb_per_s']:.3g} | {'' if percent is None else f'{percent:.0f}'} "
             f"| {'' if ratio is None else f'{ratio:.3g}'} "
+            f"| {milliseconds(line['predicted_ms']) if 'predicted_ms' in line else ''} "
             f"| {'?' if extra is None else size(extra)} | {line['repeats']} |"
         )
     return "\n".join([*head, *rows])
@@ -166,19 +192,24 @@ def page(cases: dict[CaseKey, list[Line]]) -> str:
     parts = [
         "# Benchmarks",
         "Made by `python -m bench.report` from the rows of `make bench`; not edited by hand. How "
-        "each number is measured: `bench/harness.py`. Rows in italics are the floor: a plain read "
-        "or copy of the same memory in the same run. *best peer / this* above 1: this is faster "
-        "than every other way measured. Peers that take seconds are called fewer times.",
+        "each number is measured: `bench/harness.py`. Rows in italics are bounds: a plain read or "
+        "copy of the same memory in the same run, or a part of the work that every way needs. "
+        "*best peer / this* above 1: this is faster than every other way measured. Peers that take "
+        "seconds are called fewer times.",
         where(cases),
         "## Targets",
         targets_table(cases),
     ]
+    drawn = {key: (file, what) for key, file, what, _ in plots.plots(cases)}
     op = ""
     for key, lines in cases.items():
         if key[0] != op:
             op = key[0]
             parts.append(f"## {op}")
-        parts += [f"### {key[1]} ({lines[0]['dtype']})", case_table(lines)]
+        parts.append(f"### {key[1]} ({', '.join(filter(None, [lines[0]['dtype'], took(lines)]))})")
+        if key in drawn:
+            parts.append(f"![{drawn[key][1]}](plots/{drawn[key][0]})")
+        parts.append(case_table(lines))
         if own := target_rows(key, lines):
             parts.append(
                 "\n".join(["| | what | target | measured | |", "|---|---|---|---|---|", *own])
@@ -186,15 +217,65 @@ def page(cases: dict[CaseKey, list[Line]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def took(lines: list[Line]) -> str:
+    seconds = [line["seconds"] for line in lines if line["kind"] == "case"]
+    return f"{sum(seconds):.0f} s" if seconds else ""
+
+
+def pipeline_table(lines: list[Line]) -> str:
+    """Every way through the pipeline, in the README's few columns."""
+    rows = [
+        "| whole pipeline, 0.1 % of SmolLM2-135M | selection | a step "
+        "| optimizer + gradients + masks | checkpoint | DDP, a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        if line["kind"] != "row":
+            continue
+        name = f"**{line['peer']}**" if line["role"] == "ours" else line["peer"]
+        if line["status"] != "ok":
+            rows.append(f"| {name} | {line['status']} | | | | |")
+            continue
+        figures = line["figures"]
+        cells = [f"{milliseconds(figures['select_ms'])} ms" if "select_ms" in figures else ""]
+        cells.append(f"{milliseconds(line['p50_ms'])} ms" if "p50_ms" in line else "")
+        keys = ("state_bytes", "file_bytes", "ddp_bytes")
+        cells += [size(figures[key]) if key in figures else "" for key in keys]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def section(cases: dict[CaseKey, list[Line]]) -> str:
     """What stands between the markers of README.md."""
-    return "\n\n".join([targets_table(cases), where(cases)])
+    pipelines = [pipeline_table(lines) for key, lines in cases.items() if key[0] == "pipeline"]
+    return "\n\n".join([*pipelines, targets_table(cases, False), where(cases)])
 
 
-def put_between_markers(text: str, section_text: str) -> str:
+def agreement(cases: dict[CaseKey, list[Line]]) -> str:
+    """What stands between the markers of docs/scale.md: the cost model against the rows of ours."""
+    ratios: dict[str, list[tuple[float, str]]] = {}
+    for (op, case), lines in cases.items():
+        for line, ratio in predicted.ratios(lines):
+            if line["role"] == "ours":
+                name = f"{line['kernel']}, sweeps" if "kernel" in line else op
+                at = f"{case}: {line['peer']}" if "kernel" in line else case
+                ratios.setdefault(name, []).append((ratio, at))
+    for name, (guess, measured) in predicted.pipeline(cases).items():
+        ratios[f"pipeline, {name}"] = [(guess / measured, "SmolLM2-135M")]
+    rows = ["| op | rows | predicted / measured | least at | most at |", "|---|---|---|---|---|"]
+    for name, found in ratios.items():
+        (low, where_low), (high, where_high) = min(found), max(found)
+        rows.append(
+            f"| `{name}` | {len(found)} | {low:.2f} to {high:.2f} | {where_low} | {where_high} |"
+        )
+    return "\n".join(rows)
+
+
+def put_between_markers(path: Path, section_text: str) -> str:
+    text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise SystemExit(
-            f"README.md must hold the lines {BEGIN} and {END} once each, in this order"
+            f"{path.name} must hold the lines {BEGIN} and {END} once each, in this order"
         )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -214,14 +295,22 @@ def write(path: Path, text: str) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of python -m bench --out")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs")
     args = parser.parse_args(argv)
-    cases = load(args.files)
-    readme = put_between_markers(args.readme.read_text(encoding="utf-8"), section(cases))
-    write(args.page, page(cases))
-    write(args.readme, readme)
-    print(f"written: {args.page}, {args.readme}")
+    for path, text in pages(load(args.files), args.root).items():
+        write(path, text)
+        print(f"written: {path}")
+    print(f"written: {len(plots.draw(load(args.files), args.root / 'docs' / 'plots'))} plots")
+
+
+def pages(cases: dict[CaseKey, list[Line]], root: Path) -> dict[Path, str]:
+    """The text of every file that rows are written into."""
+    readme, scale = root / "README.md", root / "docs" / "scale.md"
+    return {
+        root / "docs" / "benchmarks.md": page(cases),
+        readme: put_between_markers(readme, section(cases)),
+        scale: put_between_markers(scale, agreement(cases)),
+    }
 
 
 if __name__ == "__main__":

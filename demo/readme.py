@@ -31,6 +31,7 @@ method at the best of its learning rates, chosen on other rows; `make demo COMPA
 again. Before training the right answers are {", ".join(before)}; right after learning each task
 {chosen[0]["method"]} has {", ".join(learned)}. After the last task:
 
+<!-- recorded -->
 ```
 {comparison_table([(run["method"], run) for run in chosen], TASKS, TEXTS)}
 ```

@@ -58,7 +58,10 @@ def take(
     if isinstance(value, Tensor):
         return value, None
     if type(value) is np.ndarray and value.flags.carray and value.dtype in PLAIN:
-        return torch.from_numpy(value), Tensor.numpy  # the usual case, at half the cost
+        try:
+            return torch.from_numpy(value), Tensor.numpy  # the usual case, at half the cost
+        except ValueError:  # a single element with a negative stride: refused below
+            pass
     where = f"piece_ops.{op}: {argument}"
     if isinstance(value, np.ndarray):
         return _take_numpy(where, value, is_written), _giver_of_numpy(value)
@@ -99,7 +102,7 @@ def _take_numpy(where: str, value: np.ndarray[Any, Any], is_written: bool) -> Te
         raise TypeError(f"{where} must be in this machine's byte order, got dtype {value.dtype!r}")
     is_bfloat16 = _is_bfloat16(value.dtype)
     bits = value.view(np.int16) if is_bfloat16 else value
-    if not bits.flags.carray:
+    if not bits.flags.carray or bits.size == 1:  # one element is contiguous whatever its strides
         _check_layout(where, value, is_written)
     try:
         # from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes.

@@ -15,7 +15,7 @@ from bench.bench_pipeline import OURS
 from bench.pipeline_official import OFFICIAL
 from bench.pipeline_peft import LORA, SHIRA
 from bench.pipeline_torch import FISH, FULL, MASKINGS, split_positions
-from bench.pipeline_way import Positions, Way, agreement, measure, wrong_losses, wrong_moves
+from bench.pipeline_way import Measured, Positions, Way, agreement, wrong_losses, wrong_moves
 
 TRAINED = [OURS, *MASKINGS, FISH, SHIRA, LORA, FULL]
 
@@ -35,13 +35,14 @@ def test_every_way_is_right(out: Path) -> None:
     lines = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]
     rows = {line["peer"]: line for line in lines if line["kind"] == "row"}
     assert set(rows) == {*TRAINED, OFFICIAL}
-    for name in TRAINED:
+    for name in (*TRAINED, OFFICIAL):
         row, figures = rows[name], rows[name]["figures"]
         assert row["status"] == "ok", row
-        assert row["repeats"] == figures["steps"] - 2
+        assert row["repeats"] == figures["steps"] - 2 == 6  # all ways alike
         assert min(figures[k] for k in ("state_bytes", "file_bytes", "ddp_bytes")) > 0
         assert figures["last_epoch_loss"] < figures["first_epoch_loss"]
-    assert rows[OFFICIAL]["status"] == "ok"
+        phases = [key for key in figures if key.endswith("_extra_bytes")]
+        assert len(phases) == (1 if name in (SHIRA, LORA, FULL) else 3)
     assert {"importance_ms", "select_ms", "set_up_ms"} <= set(rows[OFFICIAL]["figures"])
     assert all(rows[name]["figures"]["same_positions"] == 1 for name in MASKINGS)
     targets = [line for line in lines if line["kind"] == "target"]
@@ -81,8 +82,11 @@ def test_what_cannot_run_is_a_row() -> None:
         def set_up(self, chosen: Positions, folder: Path) -> None:
             raise ImportError("no such module")
 
-    row = measure(Missing, nn.Linear(2, 2), [], 3, 1.0, None).row
-    assert (row.status, row.times_ms) == ("absent: no such module", [])
+    missing = Measured(Missing, nn.Linear(2, 2), [])
+    missing.start(None)
+    missing.step()
+    missing.finish(1.0)
+    assert (missing.row.status, missing.row.times_ms) == ("absent: no such module", [])
 
 
 def test_checks_see_what_is_wrong() -> None:

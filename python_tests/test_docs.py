@@ -1,21 +1,15 @@
-"""The documentation runs: every docstring example, and the Python blocks of the README."""
+"""Every docstring example runs. (What stands in Markdown: test_doc_blocks.py.)"""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import pkgutil
-import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import piece_ops
 
-from helpers.tiny_lm import save_tiny
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(piece_ops.__path__, "piece_ops.")
@@ -41,17 +35,3 @@ def test_there_are_examples() -> None:
         if any(test.examples for test in finder.find(importlib.import_module(name)))
     ]
     assert {"piece_ops.functional", "piece_ops.model"} <= set(with_examples)
-
-
-def test_readme_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another, as written, but for the folder of the model: a tiny one stands in."""
-    pytest.importorskip("accelerate")  # transformers' Trainer needs it
-    save_tiny(tmp_path)
-    monkeypatch.chdir(tmp_path)  # they write files
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(re.sub(r'folder = ".*?"', f"folder = {str(tmp_path)!r}", block), names)
-    assert isinstance(names["top"], piece_ops.TopK)
-    assert piece_ops.Delta.from_pretrained("run").task == "capitals"

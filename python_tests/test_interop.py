@@ -129,6 +129,41 @@ def test_numpy_is_written_in_place() -> None:
             assert as_torch(array).view(torch.uint8).equal(tensor.view(torch.uint8))
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_arrangements_of_numpy_are_written_in_place(as_dict: bool) -> None:
+    """Lists and dicts through every op that writes, bit for bit what tensors get."""
+    sizes = (40, 1, 7)
+    drawn: dict[str, list[Array]] = {
+        "weights": [draw(n, ml_dtypes.bfloat16) for n in sizes],
+        "indices": [int64(1, 39), int64(0), int64(2, 3, 6)],
+        "grads": [draw(n) for n in sizes],
+        "squares": [np.zeros(n, np.float32) for n in sizes],
+        "sums": [np.zeros(n, np.float32) for n in sizes],
+    }
+    pairs = list(zip(drawn["weights"], drawn["indices"], strict=True))
+    drawn["values"] = [w[i].astype(np.float32) for w, i in pairs]
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        drawn[name] = [np.zeros_like(v) for v in drawn["values"]]
+    tensors = {name: [as_torch(a) for a in arrays] for name, arrays in drawn.items()}
+
+    def arranged(arrays: list[Any]) -> Any:
+        return dict(zip("xyz", arrays, strict=True)) if as_dict else arrays
+
+    for given in (drawn, tensors):
+        a: dict[str, Any] = {name: arranged(arrays) for name, arrays in given.items()}
+        piece_ops.accumulate_squares_(a["squares"], a["grads"], a["sums"])
+        piece_ops.sparse_adamw_(
+            *(a[n] for n in ("weights", "indices", "values", "grads", "exp_avgs", "exp_avg_sqs")),
+            step=1,
+            lr=0.1,
+        )
+        piece_ops.scatter_(a["squares"], a["indices"], a["values"])
+    for name, arrays in drawn.items():
+        for array, tensor in zip(arrays, tensors[name], strict=True):
+            assert as_torch(array).view(torch.uint8).equal(tensor.view(torch.uint8)), name
+    assert drawn["exp_avgs"][0].all() and drawn["sums"][0].all()
+
+
 def test_nothing_is_copied() -> None:
     for array in (draw(9), read_only(draw(9)), draw(9, ml_dtypes.bfloat16)):
         for value in (array, *([Exported(array)] if array.dtype.kind == "f" else [])):
@@ -245,6 +280,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         lambda: draw(4, ml_dtypes.bfloat16)[::-1],
         ValueError,
         ["contiguous", "-2"],
+    ),
+    "one element, negative stride": (
+        lambda: np.zeros(1, np.float32)[::-1],
+        ValueError,
+        ["contiguous", "-4"],
+    ),
+    "one element, negative stride, bfloat16": (
+        lambda: np.zeros(1, ml_dtypes.bfloat16)[::-1],
+        ValueError,
+        ["contiguous", "-2"],
+    ),
+    "one element, negative stride, read-only": (
+        lambda: read_only(np.zeros(1, np.float32))[::-1],
+        ValueError,
+        ["contiguous", "-4"],
     ),
     "negative strides by DLPack": (
         lambda: Exported(draw(4)[::-1]),

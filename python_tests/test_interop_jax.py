@@ -196,6 +196,34 @@ def test_results_that_jax_would_narrow_are_refused() -> None:
         piece_ops.gather(x, np.array([1]))
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_what_is_only_read_by_ops_that_write_may_be_jax(as_dict: bool) -> None:
+    """Lists and dicts of NumPy that change, JAX's beside them; JAX in their place is refused."""
+
+    def arranged(arrays: list[Any]) -> Any:
+        return dict(zip("xy", arrays, strict=True)) if as_dict else arrays
+
+    sizes, kept = (30, 1), [np.array([3, 29]), np.array([0])]
+    results = []
+    for read in (jnp.asarray, lambda array: array):
+        weights = [np.array(draw(n)) for n in sizes]
+        values = [w[i] for w, i in zip(weights, kept, strict=True)]
+        states = [[np.zeros_like(v) for v in values] for _ in range(2)]
+        grads = arranged([read(np.array(draw(n))) for n in sizes])
+        squares = [np.zeros(n, np.float32) for n in sizes]
+        indices = arranged([read(i) for i in kept])
+        piece_ops.accumulate_squares_(arranged(squares), grads)
+        rest = [indices, *map(arranged, (values,)), grads, *map(arranged, states)]
+        piece_ops.sparse_adamw_(arranged(weights), *rest, step=1, lr=0.1)
+        piece_ops.scatter_(arranged(squares), indices, arranged([jnp.asarray(v) for v in values]))
+        results.append([*weights, *values, *states[0], *squares])
+    for of_jax, of_numpy in zip(*results, strict=True):
+        assert of_jax.any() and np.array_equal(of_jax, of_numpy)
+    name = r"weights\['y'\]" if as_dict else r"weights\[1\]"
+    with pytest.raises(TypeError, match=name + ".*immutable"):
+        piece_ops.sparse_adamw_(arranged([weights[0], jnp.ones(1)]), *rest, step=2, lr=0.1)
+
+
 DOCS = Path(__file__).parents[1] / "docs/interop.md"
 
 

@@ -25,7 +25,7 @@ from piece_ops.importance.candidates import Candidates
 from piece_ops.importance.rules import Target
 from piece_ops.importance.scores import NEEDS, RANKED_BY, Numbers, totals_of
 from piece_ops.importance.sources import show_progress
-from piece_ops.importance.statistics import Statistics
+from piece_ops.importance.statistics import Statistics, check_overflow
 from piece_ops.selection import Selection
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class _Passing(Target):
 
     def close(self, name: str) -> None:
         self._inner.close(name)
+        check_overflow(self._inner.overflowed([name]), _WHERE)
         held = {kind: tensors.pop(name, None) for kind, tensors in self._held.items()}
         held["weights"] = self._part._candidates.parameters[name].detach()
         kinds = RANKED_BY[self._part.method]

@@ -105,6 +105,7 @@ class Importance(Statistics):
     A non-finite loss raises before its batch is added (with "loop": its sample). A non-finite
     gradient raises and names sample and parameter; gradients of that backward that came earlier
     have then been added, so the statistics are spoiled: everything but `reset` raises from there.
+    So does a product, a square or a sum that overflows float32, found after its batch.
 
     Examples
     --------

@@ -15,8 +15,9 @@ zero but for the rows of the sample's own tokens.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_
+from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_, total
 from piece_ops.importance.batches import Grid
 from piece_ops.importance.layouts import ModuleLayout, cut
 from piece_ops.importance.on_device import OnDevice
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether the float64 sum of each is finite; on a GPU with one wait for all of them."""
+    if not tensors or not tensors[0].is_cuda:
+        return [math.isfinite(total(tensor)) for tensor in tensors]
+    sums = [t.sum(dtype=torch.float64).to(tensors[0].device) for t in tensors]
+    return [math.isfinite(value) for value in torch.stack(sums).tolist()]
 
 
 def kind_of(module: nn.Module) -> str:
@@ -181,6 +190,18 @@ class Target:
 
     def close(self, name: str) -> None:
         """The batch's gradients of the parameter are all in."""
+
+    def overflowed(self, names: Iterable[str]) -> str | None:
+        """The first of these parameters whose accumulators are not finite any more.
+
+        Finite factors may have a product or a square that is not. One read of the accumulators,
+        added up in float64, which finite ones cannot overflow.
+        """
+        held = [(n, of[n]) for n in names for of in (self._square_sums, self._sums) if n in of]
+        finite = _are_finite([sums for _, sums in held])
+        return next(
+            (n for (n, _), is_finite in zip(held, finite, strict=True) if not is_finite), None
+        )
 
     def add(self, name: str, grad: Tensor, sample: int | None = None) -> None:
         """Add one gradient and its square; ValueError, here or in `finish`, if it is not finite."""

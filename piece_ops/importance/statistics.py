@@ -197,8 +197,18 @@ class Statistics:
     def _add(self, batch: Any, where: str, loss_fn: LossFunction | None, to: Target) -> set[str]:
         """Every sample (or the batch) to where it goes; the parameters that are still left out.
 
-        None are, unless `to` takes everything once.
+        None are, unless `to` takes everything once (and looks at what it takes itself).
         """
+        left = self._add_parts(batch, where, loss_fn, to)
+        if not to.once:
+            name = to.overflowed(self._candidates.parameters)
+            with self._spoiling(f"the batch from sample {to.first} on", lambda: len(self.names)):
+                check_overflow(name, where)
+        return left
+
+    def _add_parts(
+        self, batch: Any, where: str, loss_fn: LossFunction | None, to: Target
+    ) -> set[str]:
         self._check_sound(where)
         parameters = self._candidates.parameters
         parts = [batch]
@@ -320,6 +330,15 @@ class Statistics:
             return self._kept, 1
         both = {n: t / self._reference_samples for n, t in self._reference.items()}
         return {name: tensor.add_(self._kept[name]) for name, tensor in both.items()}, 1
+
+
+def check_overflow(name: str | None, where: str) -> None:
+    """Raise when there is a parameter whose sums overflowed."""
+    if name is not None:
+        raise ValueError(
+            f"{where}: gradients, their squares and the sums of both must be finite in float32, "
+            f"got an overflow for {name!r}; scale the loss down"
+        )
 
 
 def _refuse_batch_norm(model: nn.Module, where: str) -> None:
