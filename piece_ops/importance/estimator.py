@@ -1,7 +1,7 @@
 """Which parameters matter for a task: streamed gradient statistics and the selection from them.
 
-`Importance` adds up what its method needs, one backward pass per sample, and `Importance.select`
-ranks all candidates at once.
+`Importance` adds up what its method needs of every sample's own gradient, mostly from one backward
+pass of a whole batch, and `Importance.select` ranks all candidates at once.
 """
 
 from __future__ import annotations
