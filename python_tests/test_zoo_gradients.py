@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from piece_ops import PieceModel, Selection
+from piece_ops import PieceModel, Selection, _inject
 
 from helpers.exact_gradients import general_route
 from helpers.model_zoo import ZOO
@@ -44,3 +46,49 @@ def test_every_value_gets_its_entry_of_the_float64_gradient(
         assert float((value.grad.double() - want).abs().max()) <= error, parameter
         moved += bool(want.any())
     assert moved > 0.7 * len(values)
+
+
+class Mixed(nn.Module):
+    """Layers that are tapped, and one for each reason why not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.normed = nn.Embedding(5, 4), nn.Embedding(5, 4, max_norm=0.5)
+        self.plain, self.hooked, self.after = (nn.Linear(4, 4) for _ in range(3))
+        self.norm, self.tied = nn.LayerNorm(4), nn.Linear(4, 5, bias=False)
+        self.tied.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.after(self.hooked(self.plain(self.table(ids) + self.normed(ids))))
+        return self.tied(self.norm(x)).square().sum()
+
+
+def replace_forward(module: Any) -> None:
+    """As accelerate's hooks do."""
+    old = module.forward
+    module.forward = lambda x: old(x)
+
+
+def test_dense_gradients_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are made in a backward, and no others."""
+    model = Mixed()
+    replace_forward(model.hooked)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    positions = random_positions(model, 0.5)
+    wrapped = PieceModel(model, Selection(positions, shapes, 200))
+    replace_forward(model.after)  # of the tapped forward
+    made: set[int] = set()
+    real = _inject.gather
+
+    def gather(grads: Any, indices: Any, **settings: Any) -> Any:
+        made.update(map(id, indices))
+        return real(grads, indices, **settings)
+
+    monkeypatch.setattr(_inject, "gather", gather)
+    wrapped(torch.tensor([[0, 3, 3], [1, 2, 4]])).backward()
+    found = {target.name for target in wrapped._targets if id(target.indices) in made}
+    listed = wrapped.dense_gradients
+    assert listed.keys() == found
+    assert found == {"normed.weight", "hooked.weight", "hooked.bias", "norm.weight", "norm.bias"}
+    assert "max_norm" in listed["normed.weight"] and "replaced" in listed["hooked.bias"]
+    assert listed["norm.bias"].startswith("LayerNorm ")
