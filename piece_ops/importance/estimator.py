@@ -82,8 +82,8 @@ class Importance(Statistics):
     accumulators : "float32" or "bfloat16"
         bfloat16 halves the memory of the sums. What is added is rounded up or down at random, in
         proportion, by a hash of `seed`, sample, parameter and position: so sums of any length are
-        right in the mean, and the same in every run. docs/design.md tells what it does to a
-        selection.
+        right in the mean, and the same in every run. ``python -m bench importance --only
+        accumulators`` measures what it does to a selection.
     seed : int
         For random, for the texts of ``"self"``, and for rounding.
 
