@@ -20,9 +20,10 @@ import piece_ops
 from bench.harness import Absent, Case, Peer, Row, Target, time_ratio
 from bench.smollm2 import absent_case, case_name, load, token_ids
 from piece_ops.importance import Importance
-from piece_ops.importance.budget import bytes_of, groups_within
+from piece_ops.importance.budget import groups_within, needs_of
 
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
+ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1, 2)
 WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
 
 
@@ -80,9 +81,11 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
         return absent_case("importance", dtype, BOUNDED, error)
     ids = token_ids(quick, *size)
     batches = [{"input_ids": part, "labels": part} for part in ids.chunk(n_batches)]
-    sizes = bytes_of(Importance(model, "piece-s"))
-    budget = sum(sizes.values()) // 10
-    passes = 1 if n_batches == 1 else len(groups_within(sizes, budget))
+    whole = Importance(model, "piece-s")
+    needs = needs_of(whole)
+    total = sum(need.sums for need in needs.values())
+    budget = total // 10
+    passes = 1 if n_batches == 1 else len(groups_within(needs, budget))
     chosen: list[piece_ops.Selection] = []  # by the first call of the unbounded one
 
     def estimate(**settings: Any) -> piece_ops.Selection:
@@ -109,8 +112,33 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
         Peer(BOUNDED, lambda: estimate(memory_budget=budget), same, "ours", note=note),
     ]
     targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
-    name, n = str(dtype).removeprefix("torch."), sum(sizes.values()) // 8
+    name, n = str(dtype).removeprefix("torch."), total // 8
     return Case("importance", name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets)
+
+
+def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
+    """How much of a selection bfloat16 accumulators keep, by the seed of their rounding."""
+    try:
+        model = load(quick, torch.float32).eval()
+    except Absent as error:
+        return absent_case("importance", torch.bfloat16, ROUNDED, error)
+    ids = token_ids(quick, *size)
+    batches = [{"input_ids": part, "labels": part} for part in ids.chunk(n_batches)]
+    figures = {}
+    for method in ("piece-f", "piece-s"):
+        want = piece_ops.estimate(model, batches, method, density=1e-3)
+        for seed in SEEDS:
+            got = piece_ops.estimate(
+                model, batches, method, density=1e-3, accumulators="bfloat16", seed=seed
+            )
+            common = sum(
+                int(torch.isin(got.indices[name], places).sum())
+                for name, places in want.indices.items()
+                if name in got.indices
+            )
+            figures[f"{method}_seed_{seed}_percent"] = 100 * common / want.k
+    row = Row(ROUNDED, "ours", "ok", 0, figures=figures, note="same coordinates as float32's")
+    return Case("importance", "bfloat16", ids.numel(), 0, [], measured=[row])
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -121,3 +149,5 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
         for n_batches, how in ((2, "two batches"), (1, "one batch")):
             name = case_name(quick, *less, f"budget of a tenth, {how}", kind)
             yield name, partial(within_budget, quick, dtype, less, n_batches)
+    name = case_name(quick, *size, "bfloat16 accumulators, 0.1 %")
+    yield name, partial(rounded, quick, size, 4)

@@ -37,6 +37,7 @@ class Target:
     synced_version: int = -1  # of values, when the weight last held them
     touched: bool = False  # a gradient has come since, so an optimizer may have stepped
     active: bool = True
+    dense: str = ""  # why its gradient is made densely, if it is
 
     def mark_synced(self) -> None:
         """Note that the weight holds the values as they are now."""
@@ -148,6 +149,9 @@ def owners_of(model: nn.Module, names: list[str]) -> dict[str, list[tuple[nn.Mod
 
 def inject(targets: list[Target]) -> None:
     """Swap the classes of all owners; `restore` swaps them back."""
+    for target in targets:
+        reasons = [_taps.why_dense(module) for module, _ in target.owners]
+        target.dense = next(filter(None, reasons), "")
     attributes: dict[int, dict[str, Target]] = {}
     modules: dict[int, nn.Module] = {}
     for target in targets:

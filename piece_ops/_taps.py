@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from piece_ops._inject import Target
 
 TAP = "_piece_tap"  # in a tapped module's __dict__: its Tap
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "transposed", "embedding"]  # transposed: its weight is [in, out]
 
 # Of the bytes of X. Near 1 a copy wins little and costs time, and X may be alive for a reason that
 # is not seen from here (attention keeps its output).
@@ -165,7 +165,7 @@ def _looked_up(g: Tensor, ids: Tensor, positions: Tensor, padding: int | None) -
 
 
 def kind_of(base: Any) -> Kind | None:
-    """How modules of a class are tapped, or None.
+    """What modules of a class compute with their weight, or None where that is not known.
 
     The class is known by the very function that is its forward: a subclass with another one, a
     quantised layer say, may do anything with its weight. GPT-2's transposed linear layer is known
@@ -177,7 +177,19 @@ def kind_of(base: Any) -> Kind | None:
     if forward is nn.Embedding.forward:
         return "embedding"
     name = (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", ""))
-    return "conv1d" if name == ("transformers.pytorch_utils", "Conv1D.forward") else None
+    return "transposed" if name == ("transformers.pytorch_utils", "Conv1D.forward") else None
+
+
+def why_dense(module: Any) -> str:
+    """Why a module, not yet wrapped, has its weights' gradients made densely; empty: it has not."""
+    kind = kind_of(type(module))
+    if kind is None:
+        return f"{type(module).__name__} has no forward of a linear layer or an embedding"
+    if "forward" in vars(module):
+        return f"the forward of this {type(module).__name__} was replaced before it was wrapped"
+    if kind == "embedding" and (module.max_norm is not None or module.scale_grad_by_freq):
+        return "its embedding has max_norm or scale_grad_by_freq"
+    return ""
 
 
 def tapped_forward(base: Any, kind: Kind) -> Callable[[Any, Tensor], Tensor]:
@@ -197,7 +209,7 @@ def tapped_forward(base: Any, kind: Kind) -> Callable[[Any, Tensor], Tensor]:
     def embedding(self: Any, input: Tensor) -> Tensor:
         return _embedding(self, input) if has_tap(self, input) else plain(self, input)
 
-    return {"linear": linear, "conv1d": conv1d, "embedding": embedding}[kind]
+    return {"linear": linear, "transposed": conv1d, "embedding": embedding}[kind]
 
 
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -256,7 +268,7 @@ def place_taps(targets: Iterable[Target]) -> None:
         kind = kind_of(module._piece_base)
         if kind is None:
             continue
-        tap = module.__dict__[TAP] = Tap(by_attribute, is_transposed=kind == "conv1d")
+        tap = module.__dict__[TAP] = Tap(by_attribute, is_transposed=kind == "transposed")
         if "weight" in by_attribute and kind != "embedding":
             weight = by_attribute["weight"]
             parent = weight.name.rpartition(".")[0].rpartition(".")[0]

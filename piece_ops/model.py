@@ -190,6 +190,16 @@ class PieceModel(nn.Module):
     def _check_live(self, function: str) -> None:
         check_live(self._targets, f"piece_ops.PieceModel.{function}")
 
+    @property
+    def dense_gradients(self) -> dict[str, str]:
+        """Selected parameters whose gradient is made densely and then read, each with the reason.
+
+        Norms, convolutions and fused experts are, and modules whose forward was replaced before
+        they were wrapped, as accelerate's hooks do. Not listed, since it shows in a forward only:
+        a weight that other code reads as an attribute.
+        """
+        return {target.name: target.dense for target in self._targets if target.dense}
+
     def delta(
         self,
         *,

@@ -100,6 +100,10 @@ class SparseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all values that have a gradient; the weights are written with it.
 
+        As in ``torch.optim.AdamW`` nothing is checked: a NaN or infinite gradient makes its value
+        and weight NaN for good. Clip with ``error_if_nonfinite=True``, or use a GradScaler, where
+        that may happen.
+
         Parameters
         ----------
         closure : callable, optional

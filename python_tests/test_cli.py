@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import piece_ops
 from piece_ops import cli
@@ -83,7 +84,18 @@ def test_select_saves_and_reports(
     command = ["select", "--model", model, "--task", task, "--method", "piece-f"]
     assert cli.main([*command, "--density", "0.01", "--out", str(out)]) == 0
     assert "model.layers.1" in capsys.readouterr().out
-    assert Selection.load(out).method == "piece-f"
+    chosen = Selection.load(out)
+    assert chosen.method == "piece-f"
+    few = tmp_path / "within.safetensors"  # several passes, the same coordinates
+    budget = [
+        "--memory-budget",
+        str(4 * max(torch.Size(s).numel() for s in chosen.shapes.values())),
+    ]
+    assert cli.main([*command, "--density", "0.01", "--out", str(few), *budget]) == 0
+    assert all(torch.equal(i, chosen.indices[n]) for n, i in Selection.load(few).indices.items())
+    capsys.readouterr()
+    line = fails(capsys, *command, "--memory-budget", "1")
+    assert "memory_budget must be at least" in line
     line = fails(capsys, *command, "--task", task.replace("one=", "two="))
     assert "wanted one --task, got 2" in line
     line = fails(capsys, *command, "--out", str(tmp_path / "no" / "chosen.safetensors"))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from helpers.data_parallel_worker import STEPS, train_alone, work
+from helpers.data_parallel_worker import STEPS, train_alone, work, wrapped_model
 from helpers.tolerances import TRAINING_50_STEPS
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +35,16 @@ def test_only_the_values_are_reduced(ranks: list[dict[str, Any]], run: str) -> N
     k = sum(values.numel() for values in ranks[0][run]["values"].values())
     for rank in ranks:
         assert sum(rank[run]["bytes"]) == STEPS * 4 * k
+
+
+def test_a_step_sends_the_values_gradients_and_nothing_else(ranks: list[dict[str, Any]]) -> None:
+    """Every collective is counted; with broadcast_buffers the model's buffers go out, too."""
+    k = sum(values.numel() for values in ranks[0]["plain"]["values"].values())
+    buffers = sum(buffer.numel() for buffer in wrapped_model().buffers())
+    for rank in ranks:
+        without, with_buffers = rank["collectives"]
+        assert without == [("all_reduce", k)]
+        assert with_buffers == [("broadcast", buffers), ("all_reduce", k)]
 
 
 @pytest.mark.parametrize("run", ["plain", "no_sync"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from piece_ops.importance import Importance, estimate
+from piece_ops.importance.budget import needs_of, peak_of
 from piece_ops.importance.rounding import add_rounded_
 
 from helpers.compare import assert_all_bits_equal
@@ -84,7 +85,7 @@ def test_importance_with_half_the_bytes(method: str, per_sample: Any) -> None:
         largest = float(tensor.abs().max())
         assert float((got[name].float() - tensor).abs().max()) <= folds * 2.0**-7 * largest * 4
     selection = first.select(k=60)
-    budget = 2 * 2 * max(p.numel() for p in model.parameters()) * (2 if method == "piece-g" else 1)
+    budget = max(peak_of([need]) for need in needs_of(first).values())
     small = estimate(
         model, BATCHES, method, k=60, accumulators="bfloat16", memory_budget=budget, **settings
     )

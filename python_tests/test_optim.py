@@ -86,6 +86,29 @@ def test_steps_equal_adamw_on_the_same_values_and_gradients(dtype: torch.dtype) 
         assert torch.equal(target.weight.flatten()[target.indices], target.values.to(dtype))
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_spoils_its_own_coordinate_only(wrong: float) -> None:
+    """For good, as in torch: NaN moments stay NaN."""
+    layer = nn.Linear(4, 3, bias=False)
+    before = layer.weight.detach().clone()
+    wrapped = PieceModel(
+        layer, Selection({"weight": torch.tensor([1, 5, 9])}, {"weight": (3, 4)}, 12)
+    )
+    (value,) = wrapped.values.parameters()
+    twin = nn.Parameter(value.detach().clone())
+    sparse = SparseAdamW(wrapped.parameters(), lr=1e-2)
+    dense = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    for gradient in ([1.0, wrong, -2.0], [1.0, 1.0, -2.0]):
+        value.grad, twin.grad = torch.tensor(gradient), torch.tensor(gradient)
+        sparse.step()
+        dense.step()
+        torch.testing.assert_close(value, twin, equal_nan=True)
+    weight = layer._parameters["weight"].detach().flatten()
+    assert weight.isnan().nonzero().flatten().tolist() == [5]
+    others = torch.tensor([0, 2, 3, 4, 6, 7, 8, 10, 11])
+    assert torch.equal(weight[others], before.flatten()[others])
+
+
 def test_parameters_with_other_step_counts_are_updated_with_their_own() -> None:
     wrapped = wrap(llama())
     values = values_of(wrapped)

@@ -208,6 +208,18 @@ def test_more_of_anything_never_takes_less(name: str, method: str) -> None:
     assert few.reduced_bytes == (4 * few.k, 2 * model.n) and few.k == model.n // 1000
 
 
+def test_the_ratios_of_the_table_are_those_of_its_phases() -> None:
+    found = Prediction(read_model("llama-3-8b"), device("h200", torch.bfloat16), Plan("piece-f"))
+    importance, _, step = found.phases
+    forward = 2 * found.model.active * 8192 / device("h200", torch.bfloat16).products
+    whole, backward = found.fisher_ratios()  # 16 samples of 512 tokens are one batch
+    assert whole == pytest.approx(importance.ours.seconds(found.on) / (3 * forward), rel=1e-6)
+    assert 1.0 < whole < backward
+    least, mixed = found.saved_bytes()
+    assert least == step.dense_bytes - step.ours_bytes
+    assert mixed - least == 4 * found.model.n  # two moments, 2 bytes more each
+
+
 def test_the_command_prints_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--predict", "--model-config", "llama-3-70b", "--gpu", "b200"]
     assert cli.main([*command, "--gpus", "8", "--bandwidth", "7000"]) == 0

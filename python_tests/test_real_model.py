@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from piece_ops import Importance, PieceModel, Selection, SparseAdamW, estimate
 
+from helpers.per_sample import clear_k
+
 pytestmark = pytest.mark.slow
 
 PAIRS = [
@@ -106,13 +108,8 @@ def test_selection_survives_the_disk(model_and_batches: Any, tmp_path: Path) -> 
     assert all(torch.equal(again.indices[name], chosen.indices[name]) for name in chosen.indices)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_batched_pass_selects_what_the_loop_does(
-    model_and_batches: Any, dtype: torch.dtype
-) -> None:
-    """In float32 but for coordinates that lie on the threshold; in bfloat16 nearly."""
-    original, batches = model_and_batches
-    model = copy.deepcopy(original).to(dtype)
+def pad(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All rows in one batch."""
     length = max(one["input_ids"].shape[1] for one in batches)
     padding = [length - one["input_ids"].shape[1] for one in batches]
     fill = {"input_ids": 0, "labels": -100}
@@ -124,6 +121,16 @@ def test_one_batched_pass_selects_what_the_loop_does(
     }
     lengths = length - torch.tensor(padding)
     padded["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    return padded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_batched_pass_selects_what_the_loop_does(
+    model_and_batches: Any, dtype: torch.dtype
+) -> None:
+    """In float32 but for coordinates that lie on the threshold; in bfloat16 nearly."""
+    original, batches = model_and_batches
+    model, padded = copy.deepcopy(original).to(dtype), pad(batches)
     batched, loop = Importance(model), Importance(model, per_sample="loop")
     for importance in (batched, loop):
         importance.update(padded)
@@ -138,3 +145,17 @@ def test_one_batched_pass_selects_what_the_loop_does(
             scores = loop._square_sums[name].flatten()[mine[~both]] / loop.sample_count
             torch.testing.assert_close(scores, torch.full_like(scores, wanted.threshold))
     assert common >= (0.9999 if dtype == torch.float32 else 0.98) * wanted.k
+
+
+def test_a_tied_embedding_gets_its_cross_terms(model_and_batches: Any) -> None:
+    """Input embedding and output head are one weight: the same selection as the loop's."""
+    model, batches = model_and_batches
+    batched, loop = (Importance(model, embeddings=True, per_sample=how) for how in (True, "loop"))
+    for importance in (batched, loop):
+        importance.update(pad(batches))
+    assert batched.looped == {}
+    k = clear_k(loop, 1000)
+    got, wanted = batched.select(k=k), loop.select(k=k)
+    assert "model.embed_tokens.weight" in wanted.indices
+    assert list(got.indices) == list(wanted.indices)
+    assert all(torch.equal(got.indices[name], wanted.indices[name]) for name in wanted.indices)

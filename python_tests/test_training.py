@@ -50,6 +50,8 @@ def encoder() -> Encoder:
         ({"method": "piece-f", "reference": "a=b"}, "reference belongs to piece-g"),
         ({"method": "piece-f", "xi": 0.1}, "xi belongs to piece-s"),
         ({"method": "piece-s", "xi": 0.0}, "xi must be"),
+        ({"memory_budget": 0}, "memory_budget must be at least 1, got 0"),
+        ({"accumulators": "float16"}, "accumulators must be one of float32, bfloat16"),
     ],
 )
 def test_bad_settings_are_named(bad: dict[str, Any], message: str) -> None:

@@ -13,10 +13,13 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from piece_ops.functional import gather, select_topk
@@ -123,7 +126,54 @@ def bytes_of(importance: Importance) -> dict[str, int]:
     return {n: size * count * p.numel() for n, p in importance._candidates.parameters.items()}
 
 
-def groups_within(needs: Mapping[str, int], budget: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one parameter takes."""
+
+    sums: int  # its accumulators
+    passing: int  # with bfloat16 ones: the float32 sums in which a batch of it comes together
+    module: int | None  # whose parameters come together at one time; None: several modules', so all
+    # the while from the first of them to the end of the pass
+
+
+def needs_of(importance: Importance) -> dict[str, Need]:
+    """What every candidate takes."""
+    parameters = importance._candidates.parameters
+    need = NEEDS[importance.method]
+    count = 0
+    if importance._dtype != torch.float32:
+        count = max(need.sums + need.square_sums, int(need.reference))
+    owners: dict[int, list[int]] = {id(parameter): [] for parameter in parameters.values()}
+    for module in importance.model.modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in owners:
+                owners[id(parameter)].append(id(module))
+    found = {}
+    for name, size in bytes_of(importance).items():
+        parameter = parameters[name]
+        homes = owners[id(parameter)]
+        home = homes[0] if len(homes) == 1 else None
+        found[name] = Need(size, 4 * count * parameter.numel(), home)
+    return found
+
+
+def peak_of(needs: Iterable[Need], *, one_pass: bool = False) -> int:
+    """Bytes of accumulators that a pass over these parameters has at most at one time.
+
+    `one_pass`: they come and go with their module.
+    """
+    lasting, by_module = 0, Counter[int]()
+    for need in needs:
+        size = need.passing + need.sums if one_pass else need.passing
+        lasting += 0 if one_pass else need.sums
+        if need.module is None:
+            lasting += size
+        else:
+            by_module[need.module] += size
+    return lasting + max(by_module.values(), default=0)
+
+
+def groups_within(needs: Mapping[str, Need], budget: int) -> list[list[str]]:
     """Consecutive parameters that fit into the budget together.
 
     Raises
@@ -131,21 +181,36 @@ def groups_within(needs: Mapping[str, int], budget: int) -> list[list[str]]:
     ValueError
         One parameter alone needs more.
     """
-    largest = max(needs, key=lambda name: needs[name])
-    if needs[largest] > budget:
+    largest = max(needs, key=lambda name: peak_of([needs[name]]))
+    least = peak_of([needs[largest]])
+    if least > budget:
         raise ValueError(
-            f"{_WHERE}: memory_budget must be at least {needs[largest]} bytes (the accumulators "
-            f"of {largest!r}, the largest candidate), got {budget}"
+            f"{_WHERE}: memory_budget must be at least {least} bytes (the accumulators of "
+            f"{largest!r}, the largest candidate: no parameter is split), got {budget}; "
+            "exclude= leaves a parameter out"
         )
     groups: list[list[str]] = [[]]
-    used = 0
-    for name, need in needs.items():
-        if used + need > budget:
+    for name in needs:
+        if peak_of([needs[other] for other in [*groups[-1], name]]) > budget:
             groups.append([])
-            used = 0
         groups[-1].append(name)
-        used += need
     return groups
+
+
+def within_one_pass(needs: Mapping[str, Need], budget: int) -> list[str]:
+    """Parameters that may come and go in one pass: all, if need be without the shared ones."""
+    chosen = dict(needs)
+    if peak_of(chosen.values(), one_pass=True) > budget:
+        chosen = {name: need for name, need in needs.items() if need.module is not None}
+    together: dict[int | None, list[Need]] = {}
+    for need in chosen.values():
+        together.setdefault(need.module, []).append(need)
+    large = {
+        module
+        for module, held in together.items()
+        if module is not None and peak_of(held, one_pass=True) > budget
+    }
+    return [name for name, need in chosen.items() if need.module not in large]
 
 
 def select_within(
@@ -157,7 +222,8 @@ def select_within(
     progress: bool,
 ) -> Selection:
     """What `Importance.select` chooses after `Importance.update` with all batches."""
-    groups = groups_within(bytes_of(importance), budget)
+    needs = needs_of(importance)
+    groups = groups_within(needs, budget)
     repeatable = _repeatable(batches, "batches")
     importance = copy.copy(importance)
     importance._sources = [
@@ -178,16 +244,17 @@ def select_within(
     left = set(importance.names)
     is_one = isinstance(repeatable, list) and len(repeatable) == 1
     if is_one and not NEEDS[importance.method].reference:
-        part = _part(importance, plans, importance.names)
+        part = _part(importance, plans, within_one_pass(needs, budget))
         counts = (part._samples_in(repeatable[0], _WHERE), 1)
         seen.add(counts[0])
         passing = _Passing(part, top.merge)
-        left = part._add(repeatable[0], _WHERE, part._loss_fn, passing)
+        missed = part._add(repeatable[0], _WHERE, part._loss_fn, passing)
         for name in part.names:
-            if name not in left and name not in passing.done:  # no gradient reached it
+            if name not in missed and name not in passing.done:  # no gradient reached it
                 passing.open(name)
                 passing.close(name)
-        reached = len(left) < len(part.names)  # else it would have raised
+        left -= set(part.names) - missed
+        reached = part._reached
     groups = [kept for group in groups if (kept := [name for name in group if name in left])]
     for number, group in enumerate(groups):
         title = f"importance, part {number + 1} of {len(groups)}"

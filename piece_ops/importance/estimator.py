@@ -1,7 +1,7 @@
 """Which parameters matter for a task: streamed gradient statistics and the selection from them.
 
-`Importance` adds up what its method needs, one backward pass per sample, and `Importance.select`
-ranks all candidates at once.
+`Importance` adds up what its method needs of every sample's own gradient, mostly from one backward
+pass of a whole batch, and `Importance.select` ranks all candidates at once.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Importance(Statistics):
     accumulators : "float32" or "bfloat16"
         bfloat16 halves the memory of the sums. What is added is rounded up or down at random, in
         proportion, by a hash of `seed`, sample, parameter and position: so sums of any length are
-        right in the mean, and the same in every run. docs/design.md tells what it does to a
-        selection.
+        right in the mean, and the same in every run. ``python -m bench importance --only
+        accumulators`` measures what it does to a selection.
     seed : int
         For random, for the texts of ``"self"``, and for rounding.
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from piece_ops.importance.batches import is_batch
-from piece_ops.importance.budget import bytes_of, select_within
+from piece_ops.importance.budget import needs_of, peak_of, select_within
 from piece_ops.importance.estimator import Importance
 from piece_ops.importance.scores import NEEDS
 from piece_ops.importance.sources import show_progress, wanted_k
@@ -47,13 +47,16 @@ def estimate(
     exclude_positions : Selection or dict, optional
         Coordinates that must not be chosen.
     memory_budget : int, optional
-        Bytes for accumulators (4 an element, times the number that the method needs). Where all
-        do not fit, parameters are treated in groups, each with a pass over all batches (piece-g:
-        and two over its reference); `batches` must then be the same, in the same order, every time
-        they are iterated. If all samples lie in one batch, one pass does for all parameters that a
-        batched pass covers (not piece-g). The selection is the same as without a budget. An error
-        if the largest parameter alone does not fit. The k best so far come on top, up to 24 bytes
-        each.
+        Bytes for accumulators: 4 an element, times the number that the method needs; with
+        bfloat16 ones 2, and the float32 sums of one module, in which a batch comes together.
+        Where all do not fit, parameters are treated in groups, each with a pass over all batches
+        (piece-g: and two over its reference); `batches` must then be the same, in the same order,
+        every time they are iterated. If all samples lie in one batch, one pass does for all
+        parameters that a batched pass covers (not piece-g); a tied weight stays until its end, so
+        it gets a pass of its own where the others do not fit beside it. The selection is the same
+        as without a budget. An error if the largest parameter alone does not fit, since none is
+        split: with ``embeddings=True`` that is often the embedding. The k best so far come on top,
+        up to 24 bytes each.
     **settings
         Everything else that `Importance` takes: loss_fn, per_sample, include, exclude,
         embeddings, reference, reference_samples, reference_tokens, xi, compat, accumulators, seed.
@@ -84,7 +87,7 @@ def estimate(
                 f"piece_ops.estimate: method {method!r} needs an iterable of batches, got "
                 f"{type(batches).__name__}"
             )
-        if memory_budget is not None and sum(bytes_of(importance).values()) > memory_budget:
+        if memory_budget is not None and peak_of(needs_of(importance).values()) > memory_budget:
             wanted, excluded = importance._request(
                 density, k, exclude_positions, "piece_ops.estimate"
             )

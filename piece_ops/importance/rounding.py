@@ -41,11 +41,8 @@ class RoundedTarget(Target):
     def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """float32 zeros, of the accumulators that are wanted."""
         if name not in self._open:
-            squares, sums = (
-                None if stored is None else torch.zeros_like(stored, dtype=torch.float32)
-                for stored in super().open(name)
-            )
-            self._open[name] = squares, sums
+            squares, sums = super().open(name)
+            self._open[name] = _zeros_for(squares), _zeros_for(sums)
         return self._open[name]
 
     def close(self, name: str) -> None:
@@ -57,6 +54,10 @@ class RoundedTarget(Target):
             if stored is not None and value is not None:
                 key = _mix_number(self._seed ^ zlib.crc32(f"{kind}/{name}".encode()))
                 add_rounded_(stored, value, key=_mix_number(key ^ self.sample))
+
+
+def _zeros_for(stored: Tensor | None) -> Tensor | None:
+    return None if stored is None else torch.zeros_like(stored, dtype=torch.float32)
 
 
 def add_rounded_(target: Tensor, value: Tensor, *, key: int) -> None:

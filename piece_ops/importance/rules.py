@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from piece_ops._taps import kind_of as kind_of_class
 from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_, total
 from piece_ops.importance.batches import Grid
 from piece_ops.importance.layouts import ModuleLayout, cut
@@ -46,15 +46,8 @@ def kind_of(module: nn.Module) -> str:
     A subclass that computes in its own way, or an instance whose forward was replaced, is treated
     like any other module.
     """
-    kinds: dict[Any, str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
-    pytorch_utils: Any = sys.modules.get("transformers.pytorch_utils")
-    if pytorch_utils is not None:
-        kinds[pytorch_utils.Conv1D] = "transposed"  # its weight is [in, out]
-    if "forward" not in vars(module):
-        for base, kind in kinds.items():
-            if isinstance(module, base) and type(module).forward is base.forward:
-                return kind
-    return "module"
+    kind = None if "forward" in vars(module) else kind_of_class(type(module))
+    return kind or "module"
 
 
 @dataclass
@@ -204,7 +197,7 @@ class Target:
         )
 
     def add(self, name: str, grad: Tensor, sample: int | None = None) -> None:
-        """Add one gradient and its square; ValueError, here or in `finish`, if it is not finite."""
+        """Add one gradient and its square; ValueError, here or in `finish`, if not finite."""
         squares, sums = self.open(name)
         if self.on_device is not None and self.on_device.add((name, sample), squares, grad, sums):
             return

@@ -72,7 +72,7 @@ class Statistics:
 
     @property
     def sample_count(self) -> int:
-        """Backward passes over the task's samples added so far."""
+        """Samples of the task added so far (batches, with ``per_sample=False``)."""
         return self._samples
 
     @property
@@ -100,7 +100,7 @@ class Statistics:
     # ------------------------------------------------------------------------------- accumulating
 
     def update(self, batch: Any) -> None:
-        """Add one batch of the task: one backward per row (or one, with ``per_sample=False``).
+        """Add one batch of the task, of which every row is a sample (see ``per_sample``).
 
         Parameters
         ----------

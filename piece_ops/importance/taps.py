@@ -69,6 +69,7 @@ class Taps:
         for module, parameters in modules.items():
             for parameter in parameters:
                 self._owners.setdefault(id(parameter), set()).add(module)
+        self._joint: list[Any] = []  # hooks on several results: they and the graph hold each other
         self.in_forward = self.paused = False
         self.readers: dict[int, set[nn.Module | None]] = {}
 
@@ -90,8 +91,9 @@ class Taps:
             with stance("force_eager"):
                 yield
         finally:
-            for handle in handles:
+            for handle in [*handles, *self._joint]:
                 handle.remove()
+            self._joint.clear()
             # Whoever is called holds these taps and accumulators: no cycle for the collector.
             self._on_call = _ignore
 
@@ -150,7 +152,8 @@ class Taps:
             place = result.output_nr
             result.grad_fn.register_prehook(lambda grads: sort([grads[place]]))
         elif places:
-            register_multi_grad_hook([leaves[n] for n in places], sort)
+            hook = register_multi_grad_hook([leaves[n] for n in places], sort)
+            self._joint.append(hook)
         return pytree.tree_unflatten(leaves, spec)
 
 

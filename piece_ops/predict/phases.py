@@ -108,6 +108,23 @@ class Prediction:
         """What data parallelism reduces a step: k float32 numbers, or every weight's gradient."""
         return 4 * self.k, self.size * self.model.n
 
+    def fisher_ratios(self) -> tuple[float, float]:
+        """Seconds of piece-f's pass over an ordinary one's: with the forward, and backward alone.
+
+        Over one batch of `tokens` in samples of `length`.
+        """
+        plan = self.plan
+        together = max(1, plan.tokens // plan.length)
+        forward = Work(products=2 * self.model.active * together * plan.length).seconds(self.on)
+        ours = self._batched(together, plan.length, 1).seconds(self.on)
+        return ours / (3 * forward), (ours - forward) / (2 * forward)
+
+    def saved_bytes(self) -> tuple[float, float]:
+        """What a step takes less than masking: at its least, and with float32 moments."""
+        step = self.phases[-1]
+        least = step.dense_bytes - step.ours_bytes
+        return least, least + 2 * self.model.n * (4 - self.size)
+
     def link_seconds(self, n_bytes: float) -> float:
         """Of a ring all-reduce over the plan's devices."""
         gpus = self.plan.gpus

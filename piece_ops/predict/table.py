@@ -59,6 +59,9 @@ def report(found: Prediction) -> str:
     """The prediction with its assumptions, several lines."""
     model, plan, on = found.model, found.plan, found.on
     few, many = found.reduced_bytes
+    step, (least, mixed) = found.phases[-1], found.saved_bytes()
+    share = step.ours.seconds(on) / step.dense.seconds(on)
+    whole, backward = found.fisher_ratios()
     peaks = [
         found.weights_bytes + max(getattr(phase, which) for phase in found.phases)
         for which in ("ours_bytes", "dense_bytes")
@@ -76,6 +79,10 @@ def report(found: Prediction) -> str:
         "time, and memory beyond weights and activations (accumulators are held until selected)",
         format_table(HEADER, [_row(phase, found) for phase in found.phases]),
         "",
+        f"step       {share:.2f} of masking's time; {bytes_text(least)} less memory "
+        f"({bytes_text(mixed)} with masking's moments in float32)",
+        f"Fisher     piece-f of a batch takes {whole:.2f} of an ordinary forward and backward "
+        f"({backward:.2f} of the backward alone)",
         _fits("piece_ops", peaks[0], found),
         _fits("masking", peaks[1], found),
         f"delta      {bytes_text(found.delta_bytes)} (a model: {bytes_text(found.weights_bytes)})",

@@ -16,7 +16,7 @@ from piece_ops.training.settings import Settings
 from piece_ops.training.tasks import TaskError, read_rows, split_argument
 
 ROWS_AT_ONCE = 8
-"""Rows in one batch of the importance pass; each is its own backward, so it changes no result."""
+"""Rows in one batch of the importance pass; each counts by its own gradient all the same."""
 
 
 def sample_rows(rows: Sequence[EncodedRow], count: int, seed: int, name: str) -> list[EncodedRow]:
@@ -134,6 +134,8 @@ class Chooser:
         sampled = sample_rows(rows, settings.importance_rows, settings.seed, name)
         extra: dict[str, Any] = {
             "embeddings": settings.embeddings,
+            "accumulators": settings.accumulators,
+            "memory_budget": settings.memory_budget,
             "seed": 1000 * settings.seed + place + 1_000_000 * segment,
             "exclude_positions": exclude,
         }

@@ -103,6 +103,14 @@ def add_selection(parser: argparse.ArgumentParser, methods: Sequence[str]) -> No
     group.add_argument(
         "--embeddings", action="store_true", help="let the input embeddings be selected, too"
     )
+    _add(
+        group,
+        "--memory-budget",
+        type=int,
+        metavar="BYTES",
+        help="for the sums that a selection needs; more passes, the same selection",
+    )
+    _add(group, "--accumulators", help="of these sums: float32 or bfloat16 (half the bytes)")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from piece_ops.importance import METHODS
+from piece_ops.importance.statistics import DTYPES as ACCUMULATORS
 from piece_ops.training.encoding import FORMATS
 from piece_ops.training.models import DEVICES, DTYPES
 
@@ -61,6 +62,10 @@ class Settings:
         For ``lora``; its alpha is twice the rank.
     embeddings : bool
         Whether the input embeddings may be selected.
+    memory_budget : int, optional
+        Bytes for the sums that a selection needs; None: as many as it takes. See `estimate`.
+    accumulators : {"float32", "bfloat16"}
+        Data type of these sums. Stored statistics are float32.
     prompt_format : {"auto", "chat", "plain"}
         See `Encoder`.
     max_tokens : int
@@ -122,6 +127,8 @@ class Settings:
     refresh: int | None = None
     lora_rank: int = 8
     embeddings: bool = False
+    memory_budget: int | None = None
+    accumulators: str = "float32"
     prompt_format: str = "auto"
     max_tokens: int = 512
     max_answer_tokens: int | None = None
@@ -143,6 +150,7 @@ class Settings:
         self._one_of("prompt_format", FORMATS)
         self._one_of("dtype", tuple(DTYPES))
         self._one_of("device", DEVICES)
+        self._one_of("accumulators", tuple(ACCUMULATORS))
         self._check("density", 0 < self.density <= 1, "above 0 and at most 1")
         self._check("lr", 0 < self.lr < math.inf, "a finite number above 0")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
@@ -175,6 +183,7 @@ class Settings:
             "held_out_rows",
             "max_new_tokens",
             "lm_eval_limit",
+            "memory_budget",
         ):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")

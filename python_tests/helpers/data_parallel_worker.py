@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from piece_ops import PieceModel, Selection, SparseAdamW
 
@@ -76,6 +77,31 @@ def train_together(rank: int, world: int, micro_batches: int) -> dict[str, Any]:
     return {**result(wrapped), "bytes": sent, "keys": list(state)}
 
 
+def count_collectives(rank: int, world: int, broadcast_buffers: bool) -> list[tuple[str, int]]:
+    """Every collective of one step, with its elements; DDP has arranged its buckets before."""
+    wrapped = wrapped_model()
+    parallel = DistributedDataParallel(wrapped, broadcast_buffers=broadcast_buffers)
+    optimizer = SparseAdamW(parallel.parameters(), lr=1e-2)
+    share = ROWS // world
+
+    def step(seed: int) -> None:
+        parallel(**rows(seed, rank * share, (rank + 1) * share)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    step(1)  # the buckets are made anew here, once
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        step(2)
+    found = []
+    for event in profiled.events():
+        if event.name.startswith("gloo:"):
+            shapes = [torch.Size(shape).numel() for shape in event.input_shapes]
+            found.append((event.name.removeprefix("gloo:"), sum(shapes)))
+    assert len(found) == sum(event.name.startswith("c10d::") for event in profiled.events())
+    return found
+
+
 class Branches(nn.Module):
     """One of two layers is used."""
 
@@ -109,6 +135,7 @@ def work(rank: int, world: int, folder: Path) -> None:
             "plain": train_together(rank, world, 1),
             "no_sync": train_together(rank, world, 2),
             "branches": train_branches(rank),
+            "collectives": [count_collectives(rank, world, flag) for flag in (False, True)],
         }
         torch.save(found, folder / f"rank{rank}.pt")
     finally:

@@ -71,6 +71,6 @@ def assert_true_sums(importance: Importance, truth: dict[str, Tensor], rounding:
 def clear_k(importance: Importance, near: int) -> int:
     """A number of coordinates near `near` whose last one leads the next by more than rounding."""
     scores = torch.cat([importance._square_sums[name].flatten() for name in importance.names])
-    ordered = scores.sort(descending=True).values[: 2 * near]
+    ordered = scores.topk(min(2 * near, scores.numel())).values
     leads = (ordered[:-1] - ordered[1:]) / ordered[:-1].clamp_min(1e-30)
     return int(leads[near // 2 :].argmax()) + near // 2 + 1
