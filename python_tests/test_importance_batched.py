@@ -246,7 +246,8 @@ def test_a_convention_that_a_batch_leaves_open_is_settled_by_the_next() -> None:
 
 def contrastive(model: Any, given: dict[str, Tensor]) -> Tensor:
     states = model.model(given["input_ids"], given["attention_mask"]).last_hidden_state[:, -1]
-    return torch.logsumexp(states @ states.T, 1).mean()
+    # Scaled, or each row's product with itself outweighs all others and there is no coupling left.
+    return torch.logsumexp(states @ states.T / states.shape[-1], 1).mean()
 
 
 def test_a_loss_that_couples_samples_goes_by_the_loop_and_says_so() -> None:
@@ -285,3 +286,21 @@ def test_one_row_or_equal_rows_teach_nothing_and_go_by_the_loop() -> None:
     assert "no two samples" in importance.looped["lm_head.weight"]
     truth = true_gradients(model, rows_of(batch(1, 7)) * 3)
     assert_true_sums(importance, truth, PER_SAMPLE_GRADIENT)
+
+
+def slightly_coupled(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """A sample's loss counts by up to 25 % more, by what is in the rows beside it."""
+    logits = model(given["input_ids"], given["attention_mask"]).logits.float()
+    own = logits.logsumexp(-1).mean(1)
+    kind = (given["input_ids"][:, 0] % 2).float()
+    others = (kind.sum() - kind) / max(len(kind) - 1, 1)
+    return (own * (1.0 + 0.25 * others)).mean()
+
+
+def test_half_precision_does_not_hide_a_coupling_of_a_fifth() -> None:
+    """It stays below what rounding may do, beside one sample, but not beside two others."""
+    model, given = llama(dtype=torch.bfloat16), batch(4, 7, seed=1)
+    given["input_ids"][:, 0] = torch.tensor([4, 4, 5, 4])
+    importance = Importance(model, "piece-s", loss_fn=slightly_coupled)
+    importance.update(given)
+    assert "depends on which other sample" in importance.looped["model.norm.weight"]
