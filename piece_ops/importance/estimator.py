@@ -99,8 +99,8 @@ class Importance(Statistics):
     Parameters that no rule covers go by the loop, the others do not; `looped` tells which and why.
     Noticed are parameters used outside their own modules or with gradient hooks, tensors without
     one part per sample, and values changed in place. A coupling that changes a sample's gradient
-    by less than 1e-3 of it (20 % in half precision) is not noticed, nor one that the first batch
-    of its kind does not show.
+    by less than 1e-3 of it (in half precision 5 %, and 20 % where no two samples of a batch have
+    as many answer tokens) is not noticed, nor one that the first batch of its kind does not show.
 
     A non-finite loss raises before its batch is added (with "loop": its sample). A non-finite
     gradient raises and names sample and parameter; gradients of that backward that came earlier

@@ -34,6 +34,9 @@ from piece_ops.importance.taps import Taps
 # Largest relative difference (in norm) between a sample in a batch and alone. Rounding through a
 # deep model stays below 1e-4 in float32; in half precision it reaches some 1e-2.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+# The same beside two others in batches of one shape: in half precision, too, most operations then
+# round alike, and what differs comes through the few that do not.
+TOLERANCE_BESIDE = 0.05
 _PROBES = 8  # modules that may be tried as the one whose gradients are compared
 
 Owned = Mapping[nn.Module, Mapping[str, str]]  # module -> its own parameters' attribute -> name
@@ -118,8 +121,41 @@ def learn(
             return plan
         if probe in plan.layouts and all(run.probed is not None for run in runs):
             _weigh(plan, runs[0], runs[1:], together, places)
+            third = None if plan.coupled else _alike(samples, pair)
+            if third is not None and runs[0].tolerance > TOLERANCE_BESIDE:
+                beside = samples.take((pair[0], third))
+                again = _Run(model, owned, beside.grid, (0, 1), barred, shares)
+                again.go(beside.batch, loss_fn, f"{names[0]} and another", where)
+                _compare_company(plan, runs[0], again)
             return plan
         barred.add(probe)
+
+
+def _alike(samples: Samples, pair: tuple[int, int]) -> int | None:
+    """A sample that may take the second one's place without changing the first one's weight."""
+    if samples.grid.spans:
+        return None
+    counts = answer_tokens(samples)
+    for n, part in enumerate(samples.parts):
+        is_other = n not in pair and not _equal(part, samples.parts[pair[1]])
+        if is_other and counts[n] == counts[pair[1]]:
+            return n
+    return None
+
+
+def _compare_company(plan: Plan, one: _Run, other: _Run) -> None:
+    """Find a dependence that half precision hides: the first sample beside two different ones."""
+    assert one.probe is not None
+    layout = plan.layouts[one.probe].outputs[one.probe_leaf]
+    if one.probed is None or other.probed is None:
+        return
+    first = cut(one.probed, layout, one.grid, 0).double()
+    second = cut(other.probed, layout, other.grid, 0).double()
+    if float((first - second).norm()) > TOLERANCE_BESIDE * float(first.norm()):
+        plan.coupled = (
+            "a sample's gradient depends on which other sample is beside it: the loss couples "
+            "samples (or dropout is on)"
+        )
 
 
 def _known_coupling(model: nn.Module) -> str:
@@ -225,7 +261,7 @@ class _Run:
         barred: set[nn.Module],
         shares: bool,
     ) -> None:
-        self._model, self._grid, self._chosen, self._barred = model, grid, chosen, barred
+        self._model, self.grid, self._chosen, self._barred = model, grid, chosen, barred
         self._shares = shares
         self.probe: nn.Module | None = None  # the first module called that is not barred
         parameters = {
@@ -256,7 +292,7 @@ class _Run:
         if self.probe is None and module not in self._barred:
             self.probe = module
         if self._shares:
-            output = share(output, self._grid)
+            output = share(output, self.grid)
         results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         floating = [n for n, leaf in enumerate(results) if leaf.is_floating_point()]
         if self._taps.in_forward:
@@ -276,9 +312,9 @@ class _Run:
 
     def _see(self, tensor: Tensor) -> _Parts:
         parts = {
-            layout: [Sketch.of(cut(tensor, layout, self._grid, n)) for n in self._chosen]
+            layout: [Sketch.of(cut(tensor, layout, self.grid, n)) for n in self._chosen]
             for layout in (Layout.ROWS, Layout.FLAT)
-            if fits(tensor.shape, layout, self._grid)
+            if fits(tensor.shape, layout, self.grid)
         }
         return {**parts, Layout.WHOLE: [Sketch.of(tensor)] * len(self._chosen)}
 
