@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,13 @@ def size(n_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
-def records(name: str, case: Any, rows: list[Any], gflop_per_s: float) -> Iterator[dict[str, Any]]:
+Predict = Callable[[dict[str, Any], "float | None"], "float | None"]
+"""Gets a row's line and its floor's GB/s; the milliseconds that the cost model predicts, if any."""
+
+
+def records(name: str, case: Any, rows: list[Any], predict: Predict) -> Iterator[dict[str, Any]]:
     """The JSON lines of a case: one per peer, one per target."""
-    from bench import harness, predicted
+    from bench import harness
 
     head = {"op": case.op, "case": name, "dtype": case.dtype, "n": case.n}
     head.update(k=case.k, tensors=case.tensors)
@@ -91,7 +95,7 @@ def records(name: str, case: Any, rows: list[Any], gflop_per_s: float) -> Iterat
                 else None,
                 best_peer_over_this=round(best.p50_ms / row.p50_ms, 3) if best else None,
             )
-            if (ms := predicted.milliseconds(line, bandwidth, gflop_per_s)) is not None:
+            if (ms := predict(line, bandwidth)) is not None:
                 line["predicted_ms"] = round(ms, 4)
         line["extra_bytes"] = row.extra_bytes
         if row.figures:
@@ -184,7 +188,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
     """The JSON lines of one case, its inputs made and gone again; the last one says how long."""
-    from bench import harness
+    from bench import harness, predicted
+
+    def predict(line: dict[str, Any], gb_per_s: float | None) -> float | None:
+        return predicted.milliseconds(line, gb_per_s, common["gflop_per_s"])
 
     started = time.monotonic()
     try:
@@ -192,7 +199,7 @@ def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict
     except (harness.Absent, ImportError, MemoryError) as error:
         case = harness.absent_case(op, error)
     rows = harness.run_case(case, common["quick"])
-    lines = list(records(name, case, rows, common["gflop_per_s"]))
+    lines = list(records(name, case, rows, predict))
     seconds = round(time.monotonic() - started, 2)
     head = {key: lines[0][key] for key in ("op", "case", "dtype", "n")}
     return [*lines, {"kind": "case", **head, "seconds": seconds}]

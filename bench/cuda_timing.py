@@ -60,6 +60,10 @@ class Plan:
     def predicted_ms(self) -> float:
         return self.moved_bytes / self.gb_per_s / 1e6 + self.more_ms
 
+    def predict(self, line: dict[str, Any], gb_per_s: float | None) -> float | None:
+        """What `bench.__main__.records` writes beside a row: ours as a call, as predicted here."""
+        return self.predicted_ms if line["peer"] == "piece_ops" else None
+
     def __str__(self) -> str:
         """What ``--dry`` prints: bytes, floor, prediction (one H200), then a line a target."""
         text = f"{self.op}: {self.name}: "
@@ -254,13 +258,13 @@ def run_plan(plan: Plan, repeats: int, clock: Clock) -> list[dict[str, Any]]:
         rows = run_case(case, repeats, clock)
     except Exception as error:  # the other cases are wanted all the same
         return unmeasured(plan, f"failed: {first_line(error)}")
-    return list(records(plan.name, case, rows))
+    return list(records(plan.name, case, rows, plan.predict))
 
 
 def unmeasured(plan: Plan, status: str) -> list[dict[str, Any]]:
     """A row that says why, and targets that are not measured."""
     row = harness.Row("piece_ops", "ours", status, plan.floor_bytes)
-    return list(records(plan.name, plan.case([]), [row]))
+    return list(records(plan.name, plan.case([]), [row], plan.predict))
 
 
 def run_plans(

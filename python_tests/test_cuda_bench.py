@@ -207,7 +207,7 @@ def verdict(plan: Plan, number: int, rows: list[Row]) -> str:
 
 
 def bench_records(plan: Plan, rows: list[Row]) -> Iterator[dict[str, Any]]:
-    return cuda_timing.records(plan.name, plan.case([]), rows)
+    return cuda_timing.records(plan.name, plan.case([]), rows, plan.predict)
 
 
 @pytest.mark.parametrize("name", HELD_TO)
