@@ -6,16 +6,27 @@
 // Algorithm  1. look_kernel reads the gradients and leaves the first tensor with a full exponent;
 //            2. add_kernel reads that word: it adds, or, when there is one, counts the elements in
 //            question of that tensor instead. No host in between, so both can be captured. One warp
-//            takes tiles of 4096 elements; a lane handles 8 at a time in 16-byte accesses, from the
-//            first element on at which every address is a multiple of 16; where there is none
-//            (views cut at different offsets), one element a lane, coalesced. The look-ahead is
-//            what "nothing is added" costs: an addition in floating point cannot be taken back.
-// Maxima     lanes 4 c .. 4 c + 3 hold chunk c of 32 elements: two shuffles and one store of 4
-//            bytes.
+//            takes tiles of 4096 elements, from the first element on at which every address is a
+//            multiple of 16; where there is none (views cut at different offsets), one element a
+//            lane, coalesced. The look-ahead is what "nothing is added" costs: an addition in
+//            floating point cannot be taken back.
+// Layout     The addition goes by groups of 128 elements, lane l having 4 l .. 4 l + 3: 16 bytes of
+//            an accumulator, 8 of a 16-bit gradient, so that every load and store of a warp is one
+//            run of whole 32-byte sectors. An iteration loads four groups (two with both
+//            accumulators or maxima) before it stores the first: no load may pass a store.
+//            All of it is streamed: beyond L2 nothing is found again, and a line to be evicted
+//            first stays as long as L2 has room. It also makes every access one instruction on
+//            global memory. The look loads 16 bytes a lane.
+// Maxima     lanes 8 c .. 8 c + 7 hold chunk c of a group: three shuffles and one store of 4 bytes.
 // Traffic    bfloat16, squares only: read 2 (look) + 2 + 4, write 4 = 12 bytes an element; with
-//            sums 20; maxima 0.125 more. Bound: memory. Predicted on an H200 (look 4.3 TB/s, add
-//            4.0): 1e9 elements 3.0 ms, Llama-8B (8.03e9) 24 ms; gradients that fit in the 50 MB L2
-//            are read from memory once.
+//            sums 20; maxima 0.125 more. Bound: memory.
+// Measured   H200, 2026-11-28, 1e9 elements: look 0.449 ms (4.45 TB/s). Addition, when a lane held
+//            8 elements in a row and stored them as float4: squares 5.58 ms (1.79 TB/s), both 14.04
+//            (1.28). nvcc had cut those stores into eight (both: 16) of 4 bytes, 32 bytes apart
+//            between lanes, so each wrote an eighth of 32 sectors.
+// Predicted  of this layout, at 4.0 TB/s: squares 2.5 ms, both 4.5; with the look 3.0 and 5.0,
+//            squares of Llama-8B (8.03e9) 24; gradients that fit in the 50 MB L2 are read from
+//            memory once.
 // Scratch    the table and 16 bytes.  Determinism  bitwise, any grid: elements are independent.
 // Limits     none on sizes or the number of tensors.
 #include "element.h"
@@ -27,6 +38,7 @@ namespace piece_ops::cuda {
 namespace {
 
 constexpr int64_t kTile = 4096;
+constexpr int64_t kGroup = kWarp * kQuad;
 constexpr int64_t kNone = 0x7f7f7f7f7f7f7f7f;  // what cudaMemsetAsync(0x7f) leaves: no tensor
 
 constexpr int kGrad = 0;
@@ -114,6 +126,11 @@ __device__ __forceinline__ bool first_is_square(Score score) {
 
 template <bool kHasSquares, bool kHasSums, bool kHasMaxima>
 struct Adder {
+  // Groups in flight in a lane: with a bfloat16 gradient 96 bytes, 80 with two accumulators. That
+  // of an SM's 1024 lanes is 3 times what its share of the bandwidth, 32 bytes a nanosecond, needs
+  // to cover a microsecond.
+  static constexpr int kGroups = (kHasSquares && kHasSums) || kHasMaxima ? 2 : 4;
+
   const DeviceTable& table;
   const Tile& tile;
   float weight;
@@ -144,11 +161,11 @@ struct Adder {
   // One element; its key, when maxima are wanted.
   template <class Element>
   __device__ __forceinline__ uint32_t add_one(const typename Element::Bits* grad, int64_t i) const {
-    float square = kHasSquares ? squares[i] : 0.0f;
-    float sum = kHasSums ? sums[i] : 0.0f;
-    add(Element::widen(grad[i]), square, sum);
-    if (kHasSquares) squares[i] = square;
-    if (kHasSums) sums[i] = sum;
+    float square = kHasSquares ? __ldcs(squares + i) : 0.0f;
+    float sum = kHasSums ? __ldcs(sums + i) : 0.0f;
+    add(Element::widen(__ldcs(grad + i)), square, sum);
+    if (kHasSquares) __stcs(squares + i, square);
+    if (kHasSums) __stcs(sums + i, sum);
     return kHasMaxima ? key_of(i, square, sum) : 0;
   }
 
@@ -167,25 +184,47 @@ struct Adder {
     }
   }
 
-  // Eight elements from i on, all addresses multiples of 16.
-  template <class Element>
-  __device__ __forceinline__ uint32_t add_vector(const typename Element::Bits* grad,
-                                                 int64_t i) const {
-    typename Element::Bits bits[kVector];
-    float square[kVector] = {};
-    float sum[kVector] = {};
-    load_vector(grad + i, bits);
-    if (kHasSquares) load_floats(squares + i, square);
-    if (kHasSums) load_floats(sums + i, sum);
-    uint32_t key = 0;
+  // kCount groups of 128 elements, this lane's four of each from i + 128 group on, below `end`. The
+  // loads of all groups come before the first store, behind which no load may move.
+  template <class Element, int kCount>
+  __device__ __forceinline__ void add_groups(const typename Element::Bits* grad, int64_t i,
+                                             int64_t end) const {
+    typename Element::Bits bits[kCount][kQuad];
+    float square[kCount][kQuad] = {};
+    float sum[kCount][kQuad] = {};
+    const bool is_inside = kCount > 1 || i < end;  // of several, the caller has whole ones only
+    if (is_inside) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      add(Element::widen(bits[j]), square[j], sum[j]);
-      if (kHasMaxima) key = larger(key, key_of(i + j, square[j], sum[j]));
+      for (int group = 0; group < kCount; ++group) {
+        const int64_t at = i + group * kGroup;
+        load_quad(grad + at, bits[group]);
+        if (kHasSquares) load_floats(squares + at, square[group]);
+        if (kHasSums) load_floats(sums + at, sum[group]);
+      }
     }
-    if (kHasSquares) store_floats(squares + i, square);
-    if (kHasSums) store_floats(sums + i, sum);
-    return key;
+#pragma unroll
+    for (int group = 0; group < kCount; ++group) {
+      const int64_t at = i + group * kGroup;
+      uint32_t key = 0;
+      if (is_inside) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          add(Element::widen(bits[group][j]), square[group][j], sum[group][j]);
+          if (kHasMaxima) key = larger(key, key_of(at + j, square[group][j], sum[group][j]));
+        }
+        if (kHasSquares) store_floats(squares + at, square[group]);
+        if (kHasSums) store_floats(sums + at, sum[group]);
+      }
+      if (kHasMaxima) {
+#pragma unroll
+        for (int step = 1; step < kMaximaChunk / kQuad; step *= 2) {
+          key = larger(key, __shfl_xor_sync(kAllLanes, key, step));
+        }
+        if (is_inside && lane_of_warp() % (kMaximaChunk / kQuad) == 0) {
+          maxima[at / kMaximaChunk] = chunk_maximum(key);
+        }
+      }
+    }
   }
 
   // head: elements before the first vector of the tile, or kNoVectors.
@@ -200,14 +239,12 @@ struct Adder {
     if (head > tile.n) head = tile.n;
     if (!kHasMaxima && lane < head) add_one<Element>(grad, lane);
     const int64_t whole = head + (tile.n - head) / kMaximaChunk * kMaximaChunk;
-    for (int64_t first = head; first < whole; first += kWarp * kVector) {
-      const int64_t i = first + lane * kVector;
-      uint32_t key = i < whole ? add_vector<Element>(grad, i) : 0;
-      if (kHasMaxima) {
-        key = larger(key, __shfl_xor_sync(kAllLanes, key, 1));
-        key = larger(key, __shfl_xor_sync(kAllLanes, key, 2));
-        if (i < whole && lane % 4 == 0) maxima[i / kMaximaChunk] = chunk_maximum(key);
-      }
+    int64_t first = head;
+    for (; first + kGroups * kGroup <= whole; first += kGroups * kGroup) {
+      add_groups<Element, kGroups>(grad, first + lane * kQuad, whole);
+    }
+    for (; first < whole; first += kGroup) {
+      add_groups<Element, 1>(grad, first + lane * kQuad, whole);
     }
     if (whole < tile.n) add_chunk<Element>(grad, whole, tile.n);
   }

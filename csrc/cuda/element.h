@@ -1,4 +1,4 @@
-// element.h - elements on the device: one at a time, and eight at a time in 16-byte accesses.
+// element.h - elements on the device: one, four or eight at a time, in accesses of up to 16 bytes.
 #pragma once
 
 #include "gpu.h"
@@ -8,6 +8,7 @@
 namespace piece_ops::cuda {
 
 constexpr int kVector = 8;  // elements: 16 bytes of bfloat16, 32 of float32
+constexpr int kQuad = 4;    // elements: 16 bytes of float32
 
 // Element i in float32; float64 is not taken.
 __device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
@@ -89,16 +90,24 @@ __device__ __forceinline__ void load_vector(const uint32_t* p, uint32_t (&bits)[
   bits[4] = high.x, bits[5] = high.y, bits[6] = high.z, bits[7] = high.w;
 }
 
-// Eight float32 from a 16-byte boundary, and back.
-__device__ __forceinline__ void load_floats(const float* p, float (&x)[kVector]) {
-  const float4 low = reinterpret_cast<const float4*>(p)[0];
-  const float4 high = reinterpret_cast<const float4*>(p)[1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+// Four elements from a boundary of their size, streamed; four float32, and back. Where lane l of
+// a warp has elements 4 l .. 4 l + 3, every access of the warp is one run of whole 32-byte sectors.
+// __stcs is one instruction; a plain store of a float4 nvcc may cut into four of 4 bytes.
+__device__ __forceinline__ void load_quad(const uint16_t* p, uint16_t (&bits)[kQuad]) {
+  const uint2 words = __ldcs(reinterpret_cast<const uint2*>(p));
+  bits[0] = static_cast<uint16_t>(words.x), bits[1] = static_cast<uint16_t>(words.x >> 16);
+  bits[2] = static_cast<uint16_t>(words.y), bits[3] = static_cast<uint16_t>(words.y >> 16);
 }
-__device__ __forceinline__ void store_floats(float* p, const float (&x)[kVector]) {
-  reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+__device__ __forceinline__ void load_quad(const uint32_t* p, uint32_t (&bits)[kQuad]) {
+  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(p));
+  bits[0] = words.x, bits[1] = words.y, bits[2] = words.z, bits[3] = words.w;
+}
+__device__ __forceinline__ void load_floats(const float* p, float (&x)[kQuad]) {
+  const float4 words = __ldcs(reinterpret_cast<const float4*>(p));
+  x[0] = words.x, x[1] = words.y, x[2] = words.z, x[3] = words.w;
+}
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[kQuad]) {
+  __stcs(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
 }
 
 }  // namespace piece_ops::cuda
