@@ -2,8 +2,8 @@
 
 What         square_sums += sum_n (scale_n G_n^T X_n)^2, sums += sum_n scale_n G_n^T X_n, where the
              samples are segments of the token axis of G [T, out] and X [T, in].
-Algorithm    1. Two reductions find the largest magnitude of G and X: NaN or infinity raises before
-             anything is added; the host waits for these 8 bytes. 2. The token axis is cut into
+Algorithm    1. Two reductions find the extremes of G and X: NaN or infinity in one raises before
+             anything is added; the host waits for these 4 numbers. 2. The token axis is cut into
              steps of BLOCK_TOKENS, none of which crosses a sample's end. A program owns a tile of
              BLOCK_OUT x BLOCK_IN and walks over all steps in one loop, so loads are pipelined
              across samples too; tensor cores add a step's products to a float32 accumulator in
@@ -29,12 +29,19 @@ Determinism  each tile has one owner and one order: the same bits for the same t
 Limits       not captured by CUDA graphs (the offsets come from the host with every call); the
              tokens of a step lie within 2^31 elements of each other.
 
-Emulated (Triton's interpreter) and compiled for sm_80, 90, 100 and 120; not run on a GPU yet.
+Measured     H200, 2026-11-28, bfloat16, 8 samples of 1024 tokens, ms (torch.mm of the batch):
+             4096 x 4096 1.04 (0.34), 14336 x 4096 2.57 (1.19), 1024 x 4096 0.62 (0.09); 128 samples
+             of 64 tokens 1.54 (0.36). That was with a look that widened a copy to float32: 335 to
+             503 MB, of which the one now (aminmax) needs none; at 4 TB/s it takes 0.03 ms for
+             4096 x 4096. Not measured again yet.
+
+Emulated (Triton's interpreter) and compiled for sm_80, 90, 100 and 120.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -156,11 +163,13 @@ class Tiling:
 
 
 # Two accumulators of 128 x 128 are 128 registers a thread of 8 warps; three spill. The smaller ones
-# are for matrices with few tiles. Stages count the loads of the table too: 7 hold four steps in
-# shared memory, 64 (64 x 64 with float32) to 128 KiB, 5 three steps.
+# are for matrices with few tiles, and for short samples: two blocks of 128 x 64 fit in an SM, the
+# products of one beside the other's epilogue. 128 x 256 spills. Stages count the loads of
+# the table too: 7 hold four steps in shared memory, 64 (64 x 64 with float32) to 128 KiB, 5 three.
 TILINGS = (
     Tiling(128, 128, 8, 7),
     Tiling(128, 128, 8, 5),
+    Tiling(128, 64, 8, 7),
     Tiling(128, 64, 4, 7),
     Tiling(64, 64, 4, 7),
 )
@@ -212,14 +221,14 @@ def _tuned(with_both: bool) -> Any:
 
 
 def check_finite(grad_output: Tensor, input: Tensor) -> None:
-    """Raise for NaN and infinity. One read of both; the host waits for two numbers."""
+    """Raise for NaN and infinity. One read of both; the host waits once, for four numbers."""
     factors = (grad_output, input)
     if not all(map(Tensor.numel, factors)):
         return
-    norm = torch.linalg.vector_norm
-    largest = torch.stack([norm(x, torch.inf, dtype=torch.float32) for x in factors])
-    for which, number in enumerate(largest.tolist()):
-        if not number < float("inf"):
+    # Both extremes of a NaN are NaN. A norm in float32 would be taken of a wider copy.
+    extremes = torch.stack([x for factor in factors for x in torch.aminmax(factor)])
+    for which, (low, high) in enumerate(extremes.view(2, 2).tolist()):
+        if not (low > -math.inf and high < math.inf):
             count = int((~factors[which].isfinite()).sum())
             _schema.raise_for_nonfinite_factor(grad_output, input, which, count)
 
