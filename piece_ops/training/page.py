@@ -57,7 +57,9 @@ def write_report(folders: Sequence[Path], out: Path, *, summary: bool = False) -
     """
     if len(folders) < (2 if summary else 1):
         least = "two runs for a summary" if summary else "one run"
-        raise ValueError(f"piece_ops.write_report: wanted at least {least}, got {len(folders)}")
+        raise ValueError(
+            f"piece_ops.write_report: wanted at least {least}, got {len(folders) or 'none'}"
+        )
     if out.suffix != ".html" or out.is_dir():
         raise OutputError(f"{out}: wanted the name of a file that ends in .html")
     if not out.absolute().parent.is_dir():
