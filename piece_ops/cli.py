@@ -76,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="the page; its figures are also written as PNG into FILE-figures",
     )
+    report.add_argument(
+        "--summary", action="store_true", help="only the comparison of the runs, a small page"
+    )
     report.set_defaults(function=_report)
 
     deltas = cli_delta.add_commands(commands)
@@ -120,7 +123,7 @@ def _report(arguments: argparse.Namespace) -> int:
     """Run ``piece-ops report``."""
     from piece_ops.training.page import write_report
 
-    written = write_report(arguments.runs, arguments.out)
+    written = write_report(arguments.runs, arguments.out, summary=arguments.summary)
     print(f"written to {written[0]}, with {len(written) - 1} figures beside it")
     return 0
 

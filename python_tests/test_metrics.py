@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import types
 from pathlib import Path
@@ -69,6 +70,17 @@ def longest_common(a: list[str], b: list[str]) -> int:
                 table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
             )
     return int(table[-1, -1])
+
+
+def test_rouge_l_is_that_of_rouge_score() -> None:
+    package = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = package.RougeScorer(["rougeL"], use_stemmer=False)
+    draw = random.Random(3)
+    words = ["the", "The", "cat", "sat-down", "2", "x_y", "été", "end.", "", "\n"]
+    for _ in range(300):
+        one, two = (" ".join(draw.choices(words, k=draw.randrange(9))) for _ in range(2))
+        wanted = scorer.score(two, one)["rougeL"].fmeasure
+        assert rouge_l(one, two) == pytest.approx(wanted, abs=1e-12), (one, two)
 
 
 def test_edit_similarity_and_rouge_l_follow_their_definitions() -> None:

@@ -102,6 +102,21 @@ def test_the_image_matters_and_gradients_are_those_of_dense_training(kind: str) 
 
 
 @pytest.mark.parametrize("kind", VISION_MODELS)
+def test_a_batch_of_several_images_trains_like_its_samples(kind: str) -> None:
+    model = VISION_MODELS[kind]()
+    samples = [sample(model, seed) for seed in range(3)]
+    batch = {key: torch.cat([one[key] for one in samples]) for key in samples[0]}
+    wrapped = PieceModel(model, estimate(model, samples, "piece-f", density=0.02))
+    for one in samples:  # with as many labels each
+        (wrapped(**one).loss / 3).backward()
+    wanted = {name: p.grad.clone() for name, p in wrapped.values.named_parameters()}
+    wrapped.zero_grad()
+    wrapped(**batch).loss.backward()
+    for name, values in wrapped.values.named_parameters():
+        torch.testing.assert_close(values.grad, wanted[name])
+
+
+@pytest.mark.parametrize("kind", VISION_MODELS)
 def test_generate_sees_the_image(kind: str) -> None:
     model = VISION_MODELS[kind]()
     one = sample(model, 0)

@@ -22,6 +22,7 @@ from piece_ops.training.output import OutputError
 from piece_ops.training.page import REPORT, write_report
 from piece_ops.training.reading import read_run, read_selection
 from piece_ops.training.results import Results, ResultsError
+from piece_ops.training.variants import variants
 from piece_ops.training.where import places, shared
 
 from helpers.made_runs import made_results, made_selection, write_run
@@ -312,31 +313,66 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     folders.append(write_run(tmp_path / "half", made_results(["a", "b"], 1, method="full")))
     written = write_report(folders, tmp_path / "page.html")
     page = read_page(tmp_path / "page.html")
-    table = page.tables["After the last task (OP in %, changes in points, d in nats)"]
-    assert [row[0] for row in table[1:]] == [
+    caption = "After the last task (OP in %, changes in points, d in nats, means over the seeds)"
+    table, each = page.tables[caption], page.tables["The same of every run"]
+    assert [row[:2] for row in table[1:]] == [
+        ["piece-g, lr 0.001", "1"],
+        ["piece-g, lr 0.003", "1"],
+        ["lora, lr 0.0001", "2"],
+        ["full, lr 0.005, 1 of 2 tasks", "1"],
+    ]
+    assert [row[0] for row in each[1:]] == [
         "piece-g, lr 0.001, seed 0",
         "piece-g, lr 0.003, seed 0",
         "lora, lr 0.0001, seed 0",
         "lora, lr 0.0001, seed 1",
         "full, lr 0.005, seed 0, 1 of 2 tasks",
     ]
-    points = []
-    for row, (method, lr, seed) in zip(table[1:5], kinds, strict=True):
-        named = dict(zip(table[0], row, strict=True))
+    found = []
+    for row, (method, lr, seed) in zip(each[1:5], kinds, strict=True):
+        named = dict(zip(each[0], row, strict=True))
         results = made_results(["a", "b"], method=method, lr=lr, seed=seed)
         summary = {key: value or 0.0 for key, value in results.summary().items()}
         assert named["OP"] == f"{100 * summary['accuracy_final']:.1f}"
         gain = summary["accuracy_learned"] - summary["accuracy_base"]
         assert named["gain"] == f"{100 * gain:+.1f}"
-        points.append((summary["accuracy_forgetting"], gain, named["front: forgetting"]))
-    for price, gain, shown in points:
-        others = [(p, g) for p, g, _ in points if (p, g) != (price, gain)]
-        assert shown == ("" if any(p <= price and g >= gain for p, g in others) else "yes")
-    assert table[5][7:9] == ["", ""]
+        assert named["log perplexity"] == f"{sum(results.general[-1]) / 2:.3f}"
+        found.append((summary["accuracy_forgetting"], gain))
+    points = [*found[:2], tuple(sum(pair) / 2 for pair in zip(*found[2:], strict=True))]
+    for row, (price, gain) in zip(table[1:4], points, strict=True):
+        named = dict(zip(table[0], row, strict=True))
+        assert named["gain"] == f"{100 * gain:+.1f}"
+        others = [(p, g) for p, g in points if (p, g) != (price, gain)]
+        is_beaten = any(p <= price and g >= gain for p, g in others)
+        assert named["front: forgetting"] == ("" if is_beaten else "yes")
+    assert table[4][-2:] == ["", ""]
     assert "Runs that have not learned all their tasks are not in the figures." in page.text
     assert "mind what you compare" not in page.text
     assert [path.name for path in written[1:]] == ["gain-forgetting.png", "gain-drift.png"]
-    assert "4 runs of piece-g, lora" in page.images[0]["alt"]
+    assert "3 kinds of 4 runs of piece-g, lora" in page.images[0]["alt"]
+
+
+def test_variants_have_names_of_their_own_and_a_summary_is_small(tmp_path: Path) -> None:
+    """Every setting that differs is in the legend, seeds are not, and runs are left out."""
+    folders = []
+    for rate in (1e-3, 3e-3):
+        for seed in (0, 1):
+            for more in ({}, {"keep_statistics": True}, {"reference": "kept=r.txt"}):
+                made = made_results(["a", "b"], lr=rate, seed=seed, **more)
+                folders.append(write_run(tmp_path / f"r{len(folders)}", made))
+    runs = [read_run(folder) for folder in folders]
+    assert [(of.series, len(of.runs)) for of in variants(runs)[:3]] == [
+        ("piece-g", 2),
+        ("piece-g, keep statistics", 2),
+        ("piece-g, reference kept=r.txt", 2),
+    ]
+    written = write_report(folders, tmp_path / "page.html", summary=True)
+    page = read_page(tmp_path / "page.html")
+    assert len(page.images) == len(written) - 1 == 2
+    assert "Every run" not in page.titles and "The same of every run" in page.tables
+    assert written[0].stat().st_size < 300_000
+    arguments = ["report", str(folders[0]), "--summary", "--out", str(tmp_path / "one.html")]
+    assert cli.main(arguments) == 2
 
 
 @pytest.mark.usefixtures("comparison_only")

@@ -51,6 +51,7 @@ DEFINITIONS = {
     "gain": "mean rise of each task's score by its own training, over the base model, in points",
     "d": "general drift: mean rise of the logarithm of the perplexity of the general texts, the "
     "price in general ability",
+    "log perplexity": "mean over the general texts of the logarithm of the perplexity at the end",
 }
 
 

@@ -9,36 +9,9 @@ from piece_ops.training import figures
 from piece_ops.training.blocks import DEFINITIONS, Figure, Section, Table
 from piece_ops.training.reading import Run
 from piece_ops.training.report import nats, percent, points
-from piece_ops.training.sections import gain
+from piece_ops.training.variants import Numbers, Variant, labels, numbers, variants
 
 Point = tuple[float, float]
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Name each run by its method, learning rate and whatever else differs; by its folder if equal.
-
-    Returns
-    -------
-    list of str
-        All different.
-    """
-    settings = [run.results.settings.as_dict() for run in runs]
-    others = [
-        key
-        for key in settings[0]
-        if key not in ("method", "lr") and any(s[key] != settings[0][key] for s in settings)
-    ]
-    found = []
-    for run, values in zip(runs, settings, strict=True):
-        parts = [values["method"], f"lr {values['lr']:g}"]
-        parts += [f"{key} {values[key]}" for key in others]
-        if not run.is_whole:
-            parts.append(f"{run.reached} of {len(run.results.tasks)} tasks")
-        found.append(", ".join(parts))
-    return [
-        f"{label} ({run.name}, {i})" if found.count(label) > 1 else label
-        for i, (label, run) in enumerate(zip(found, runs, strict=True), start=1)
-    ]
 
 
 def front(found: Sequence[Point | None]) -> list[bool]:
@@ -70,87 +43,106 @@ PRICES = (
 
 
 def compare(runs: Sequence[Run]) -> Section:
-    """Return the section that compares runs; only whole ones are in the figures."""
-    names = labels(runs)
-    summaries = [run.results.summary() for run in runs]
-    gains = [gain(run.results) for run in runs]
+    """Return the section that compares runs, seeds averaged; only whole ones are in the figures."""
+    kinds = variants(runs)
     fronts: dict[str, list[bool]] = {}
     pictures = []
     for kind, key, title, unit in PRICES:
-        found: list[Point | None] = []
-        for run, summary, gained in zip(runs, summaries, gains, strict=True):
-            price = summary[key]
-            if run.is_whole and price is not None and gained is not None:
-                found.append((unit * price, 100 * gained))
-            else:
-                found.append(None)
+        found = [_point(of.numbers, key, unit) if of.is_whole else None for of in kinds]
         fronts[kind] = front(found)
         if any(found):
-            pictures.append(_picture(kind, title, runs, found))
+            pictures.append(_picture(kind, title, kinds, found, key, unit))
+    has_seeds = len(kinds) < len(runs)
     rows = [
         [
-            name,
-            percent(summary["accuracy_final"]),
-            *(points(summary[f"accuracy_{x}_transfer"]) for x in ("backward", "forward")),
-            points(summary["accuracy_forgetting"]),
-            points(gained),
-            nats(summary["log_perplexity_drift"], sign=True),
+            of.label,
+            *([str(len(of.runs))] if has_seeds else []),
+            *_cells(of.numbers),
             *("yes" if fronts[kind][i] else "" for kind, *_ in PRICES),
-            f"{_minutes(run):.1f}",
-            f"{run.results.peak_rss_bytes / 1e9:.2f}" if run.results.peak_rss_bytes else "-",
         ]
-        for i, (name, run, summary, gained) in enumerate(
-            zip(names, runs, summaries, gains, strict=True)
-        )
+        for i, of in enumerate(kinds)
     ]
-    header = ["run", "OP", "BWT", "FWT", "forgetting", "gain", "d", "front: forgetting"]
-    header += ["front: d", "minutes", "GB"]
-    table = Table("After the last task (OP in %, changes in points, d in nats)", header, rows)
+    fronts_too = [f"front: {kind if kind != 'drift' else 'd'}" for kind in fronts]
+    header = ["run", *(["seeds"] if has_seeds else []), *COLUMNS, *fronts_too]
+    caption = "After the last task (OP in %, changes in points, d in nats"
+    tables = [Table(caption + (", means over the seeds)" if has_seeds else ")"), header, rows)]
+    if has_seeds:
+        each = [[name, *_cells(numbers(run))] for name, run in zip(labels(runs), runs, strict=True)]
+        tables.append(Table("The same of every run", ["run", *COLUMNS], each, is_folded=True))
     text = (
         "Up and to the left is better. Front: no other run gains at least as much for at most the "
         "same price."
     )
-    return Section("The runs compared", " ".join([text, *_doubts(runs)]), pictures, [table])
+    return Section("The runs compared", " ".join([text, *_doubts(runs)]), pictures, tables)
+
+
+COLUMNS = ("OP", "BWT", "FWT", "forgetting", "gain", "d", "log perplexity", "minutes", "GB")
+
+
+def _cells(found: Numbers) -> list[str]:
+    """Write the numbers under `COLUMNS`."""
+    minutes, size = found["minutes"], found["bytes"]
+    return [
+        percent(found["accuracy_final"]),
+        *(points(found[f"accuracy_{x}_transfer"]) for x in ("backward", "forward")),
+        points(found["accuracy_forgetting"]),
+        points(found["gain"]),
+        nats(found["log_perplexity_drift"], sign=True),
+        nats(found["log_perplexity"]),
+        f"{minutes:.1f}",
+        f"{size / 1e9:.2f}" if size else "-",
+    ]
+
+
+def _point(found: Numbers, key: str, unit: float) -> Point | None:
+    price, gained = found[key], found["gain"]
+    return None if price is None or gained is None else (unit * price, 100 * gained)
 
 
 def definitions() -> Section:
     """Return the section that says what the columns of `compare` mean."""
-    used = ("OP", "BWT", "FWT", "forgetting", "gain", "d")
+    used = ("OP", "BWT", "FWT", "forgetting", "gain", "d", "log perplexity")
     return Section("What the numbers mean", facts=[(name, "", DEFINITIONS[name]) for name in used])
 
 
-def _picture(kind: str, title: str, runs: Sequence[Run], found: Sequence[Point | None]) -> Figure:
-    """Draw gain against one price, the learning rates of a method joined."""
-    kept = [(run.results.settings, at) for run, at in zip(runs, found, strict=True) if at]
+def _picture(
+    kind: str,
+    title: str,
+    kinds: Sequence[Variant],
+    found: Sequence[Point | None],
+    key: str,
+    unit: float,
+) -> Figure:
+    """Draw gain against one price, the learning rates of a series joined, its seeds beside it."""
+    kept = [(of, at) for of, at in zip(kinds, found, strict=True) if at]
     best = sorted(at for at, first in zip(found, front(found), strict=True) if at and first)
-    # One line through the learning rates of runs that are otherwise the same.
-    groups: dict[tuple[str, str], list[tuple[float, Point]]] = {}
-    for settings, at in kept:
-        others = {key: value for key, value in settings.as_dict().items() if key != "lr"}
-        groups.setdefault((settings.method, str(others)), []).append((settings.lr, at))
+    groups: dict[str, list[tuple[float, Point]]] = {}
+    seeds: list[tuple[str, Point]] = []
+    for of, at in kept:
+        groups.setdefault(of.series, []).append((of.lr, at))
+        if len(of.runs) > 1:
+            each = [_point(numbers(run), key, unit) for run in of.runs]
+            seeds += [(of.series, point) for point in each if point]
     few = len(kept) <= MOST_LABELS
     png = figures.scatter(
         [
-            (method, [(*at, f"{lr:g}" if few or at in best else "") for lr, at in sorted(group)])
-            for (method, _), group in groups.items()
+            (name, [(*at, f"{lr:g}" if few or at in best else "") for lr, at in sorted(group)])
+            for name, group in groups.items()
         ],
         front=best,
         x_title=title,
         y_title="gain, points",
+        beside=seeds,
     )
-    methods = ", ".join(dict.fromkeys(method for method, _ in groups))
+    every = sum(len(of.runs) for of, _ in kept)
     alt = (
-        f"Gain against {kind}: one point for each of {len(kept)} runs of "
-        f"{methods}; the numbers are in the table."
+        f"Gain against {kind}: one point for each of {len(kept)} kinds of {every} runs of "
+        f"{', '.join(groups)}; the numbers are in the table."
     )
-    return Figure(
-        f"gain-{kind}", alt, "Beside the points: learning rates. Grey steps: the front.", png
-    )
-
-
-def _minutes(run: Run) -> float:
-    every = [run.results.base_seconds, *(task.seconds for task in run.results.tasks)]
-    return sum(sum(seconds.values()) for seconds in every) / 60
+    caption = "Beside the points: learning rates. Grey steps: the front."
+    if seeds:
+        caption += " Large: means over the seeds; small: each seed."
+    return Figure(f"gain-{kind}", alt, caption, png)
 
 
 def _doubts(runs: Sequence[Run]) -> list[str]:

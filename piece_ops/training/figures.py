@@ -300,14 +300,18 @@ def scatter(
     front: Sequence[tuple[float, float]],
     x_title: str,
     y_title: str,
+    beside: Sequence[tuple[str, tuple[float, float]]] = (),
 ) -> bytes:
     """Draw points (x, y, label), each group joined in its order; groups of one name look alike.
+
+    Points of `beside` are small ones in the colour of the group of their name.
 
     Labels are put beside their points, away from those already there as far as that is simple.
     Through the points of `front`, from left to right, goes a line of steps.
     """
     names = list(dict.fromkeys(name for name, _ in groups))
-    columns = 4
+    longest = max(map(len, names))
+    columns = 4 if longest <= 16 else 2 if longest <= 40 else 1
     below = 0.22 * math.ceil(len(names) / columns)
 
     def paint(figure: Any) -> None:
@@ -329,7 +333,7 @@ def scatter(
                 markersize=7,
                 linewidth=0.9,
                 linestyle=DASHES[i % len(DASHES)],
-                label=plain(shorten(name)) if is_first else None,
+                label=plain(shorten(name, 80 // columns)) if is_first else None,
             )
             for x, y, label in group:
                 at = (x / wide, y / tall)
@@ -343,6 +347,10 @@ def scatter(
                     textcoords="offset points",
                     fontsize=7.5,
                 )
+        for name, (x, y) in beside:
+            i = names.index(name)
+            colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+            axes.plot(x, y, color=colour, marker=mark, markersize=3, alpha=0.6, zorder=1.5)
         axes.margins(0.12)
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from piece_ops._files import write_bytes, write_text
 from piece_ops.training.blocks import Figure, Section
-from piece_ops.training.compared import compare, definitions, labels
+from piece_ops.training.compared import compare, definitions
 from piece_ops.training.extra import require
 from piece_ops.training.output import OutputError
 from piece_ops.training.reading import Run, read_run
 from piece_ops.training.report import describe_run
 from piece_ops.training.sections import run_sections
+from piece_ops.training.variants import labels
 
 REPORT = "report.html"
 """The report of a run, in its folder."""
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+def write_report(folders: Sequence[Path], out: Path, *, summary: bool = False) -> list[Path]:
     """Write the report of one run, or of several compared.
 
     Parameters
@@ -30,6 +31,8 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     out : Path
         The page, a name that ends in ``.html``. Its figures are also written as PNG, into a folder
         of the same name with ``-figures`` in place of ``.html``. Files that are there are replaced.
+    summary : bool
+        Only compare the runs, and say nothing of each: a small page, whatever their number.
 
     Returns
     -------
@@ -52,14 +55,17 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     --------
     >>> write_report([Path("run")], Path("run/report.html"))  # doctest: +SKIP
     """
-    if not folders:
-        raise ValueError("piece_ops.write_report: wanted at least one run, got none")
+    if len(folders) < (2 if summary else 1):
+        least = "two runs for a summary" if summary else "one run"
+        raise ValueError(
+            f"piece_ops.write_report: wanted at least {least}, got {len(folders) or 'none'}"
+        )
     if out.suffix != ".html" or out.is_dir():
         raise OutputError(f"{out}: wanted the name of a file that ends in .html")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.absolute().parent}")
     runs = [read_run(folder) for folder in folders]
-    parts = [(run, run_sections(run)) for run in runs]
+    parts = [] if summary else [(run, run_sections(run)) for run in runs]
     above = []
     if len(runs) > 1:
         above = [compare(runs), definitions()]
@@ -107,7 +113,7 @@ def _render(
     names = labels(runs)
     parts = [
         {"label": label, "lead": _lead(run), "sections": own}
-        for label, run, own in zip(names, runs, sections, strict=True)
+        for label, run, own in zip(names, runs, sections, strict=bool(sections))
     ]
     title = f"{len(runs)} runs compared" if above else f"Run {runs[0].name}"
     text: str = environment.get_template("report.html").render(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,13 @@ def read_selection(folder: Path, i: int, name: str) -> Selection | None:
     found = [Selection.load(path) for path in TaskFiles.of(folder, i, name).selections()]
     if len(found) < 2:
         return found[0] if found else None
+    return Selection(union(found), found[0].shapes, found[0].total, found[0].method)
+
+
+def union(selections: Iterable[Selection]) -> dict[str, torch.Tensor]:
+    """Return every coordinate that one of the selections has, by tensor, increasing."""
     parts: dict[str, list[torch.Tensor]] = {}
-    for selection in found:
+    for selection in selections:
         for tensor, positions in selection.indices.items():
             parts.setdefault(tensor, []).append(positions)
-    indices = {tensor: torch.unique(torch.cat(several)) for tensor, several in parts.items()}
-    return Selection(indices, found[0].shapes, found[0].total, found[0].method)
+    return {tensor: torch.unique(torch.cat(several)) for tensor, several in parts.items()}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from piece_ops._files import write_folder
@@ -27,6 +26,7 @@ from piece_ops.training.learner import make_learner
 from piece_ops.training.models import load_model, resolve_device, save_model
 from piece_ops.training.output import TaskFiles
 from piece_ops.training.page import keep_report
+from piece_ops.training.reading import union
 from piece_ops.training.results import Results
 from piece_ops.training.rows import Rows, metered
 from piece_ops.training.settings import Settings
@@ -242,12 +242,8 @@ class Work:
         """Return the coordinates that earlier tasks selected, if they are to be kept."""
         if not self.settings.protect:
             return None
-        found: dict[str, list[Tensor]] = {}
-        for files in (self._files(folder, earlier) for earlier in range(i)):
-            for path in files.selections():
-                for name, positions in Selection.load(path).indices.items():
-                    found.setdefault(name, []).append(positions)
-        return {name: torch.unique(torch.cat(parts)) for name, parts in found.items()}
+        files = (self._files(folder, earlier) for earlier in range(i))
+        return union(Selection.load(path) for of in files for path in of.selections())
 
     def _train(self, i: int, keeper: Keeper) -> None:
         """Train task `i` and keep what it changed."""
