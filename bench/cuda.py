@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cuda_lists, cuda_others, cuda_select_topk
+from bench import cuda_lists, cuda_others, cuda_select_topk, cuda_step
 from bench.cuda_timing import Plan, run_plans
 
 
@@ -23,6 +23,7 @@ def plans() -> Iterator[Plan]:
     yield from cuda_lists.plans()
     yield from cuda_select_topk.plans()
     yield from cuda_others.plans()
+    yield from cuda_step.plans()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,8 +43,7 @@ def load(paths: list[Path]) -> dict[CaseKey, list[Line]]:
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 line = json.loads(text)
-                on = f" on {line['gpu']}" if line.get("gpu") else ""  # a GPU's rows
-                of_file.setdefault((line["op"] + on, line["case"]), []).append(line)
+                of_file.setdefault((line["op"], line["case"]), []).append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f"{path}:{number}: wanted a benchmark row, got {error}") from None
         cases.update(of_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -14,13 +15,32 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import cuda as bench
-from bench import cuda_lists, cuda_others, cuda_select_topk, cuda_timing, harness, report
+from bench import (
+    cuda_lists,
+    cuda_others,
+    cuda_select_topk,
+    cuda_step,
+    cuda_timing,
+    harness,
+    report,
+)
 from bench.cuda_timing import HostPeer, Peer, Plan
 from bench.harness import Absent, Row
 
 from helpers.emulated import build, cuda_implementations, emulation, load
 
+# Before torch.Generator is replaced, which its annotations name.
+importlib.import_module("transformers.models.llama.modeling_llama")
+
 SIZES = (64 * 32, 128, 1, 1000, 4097)
+TINY_LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -83,6 +103,8 @@ def answers(peers: list[Peer]) -> dict[str, Any]:
         lambda: cuda_select_topk.fused(100_000, 100),
         lambda: cuda_select_topk.many((10, 50), 100_000, 100),
         lambda: cuda_select_topk.piece_s(100_000, 100),
+        lambda: cuda_step.step(2, 8, 1, TINY_LLAMA),
+        lambda: cuda_step.importance(2, 8, 1, TINY_LLAMA),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
