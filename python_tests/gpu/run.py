@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -244,6 +245,61 @@ def check_host_time_of_a_plan() -> None:
     assert seconds < 0.5, f"200 steps took {seconds:.2f} s of host time behind a busy GPU"
 
 
+def check_training_run() -> None:
+    """``piece-ops train --device cuda``: what it changed is in the delta, and nothing else."""
+    from transformers import AutoModelForCausalLM
+
+    from piece_ops.cli import main as piece_ops_command
+
+    from helpers import tiny_lm
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = tiny_lm.save_tiny(folder / "base")
+        rows = tiny_lm.write_rows(folder / "colours.jsonl", tiny_lm.COLOURS)
+        command = ["train", "--model", str(base), "--task", f"colours={rows}", "--device", "cuda"]
+        command += ["--method", "piece-g", "--reference-rows", "4", "--reference-tokens", "8"]
+        command += ["--density", "0.01", "--steps", "6", "--no-report", "--lr", "0.01"]
+        assert piece_ops_command([*command, "--out", str(folder / "run")]) == 0
+        delta = piece_ops.Delta.load(folder / "run" / "deltas" / "1-colours.safetensors")
+        trained = AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
+        assert any(
+            not torch.equal(delta.values[name], delta.base_values[name]) for name in delta.values
+        )
+        delta.revert_(trained)
+        untouched = AutoModelForCausalLM.from_pretrained(base)
+        for (name, got), (_, want) in zip(
+            trained.named_parameters(), untouched.named_parameters(), strict=True
+        ):
+            assert_bits_equal(got.detach(), want.detach(), name)
+
+
+def check_cupy() -> None:
+    """Arrays of CuPy, and of anybody who speaks the CUDA array interface only."""
+    if not importlib.util.find_spec("cupy"):
+        print("   no cupy here: left out")
+        return
+    import cupy
+
+    scores = [cupy.random.rand(4096, dtype=cupy.float32) for _ in range(3)]
+    top = piece_ops.select_topk(scores, 100)
+    assert all(isinstance(index, cupy.ndarray) for index in top.indices)
+    want = piece_ops.select_topk([torch.from_numpy(cupy.asnumpy(x)) for x in scores], 100)
+    for got, index in zip(top.indices, want.indices, strict=True):
+        assert_bits_equal(torch.from_numpy(cupy.asnumpy(got)), index)
+    square, grad = cupy.zeros(4096, cupy.float32), scores[0]
+    piece_ops.accumulate_squares_(square, grad)
+    assert bool((square == grad * grad).all())
+
+    class Spoken:
+        def __init__(self, array: cupy.ndarray) -> None:
+            self.array = array
+            self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+    piece_ops.accumulate_squares_(Spoken(square), Spoken(grad))
+    assert bool((square == 2 * (grad * grad)).all())
+
+
 def check_contract_tests() -> None:
     """python_tests/test_<op>.py with their tensors moved to the GPU."""
     missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
@@ -324,6 +380,8 @@ CHECKS: list[Callable[[], None]] = [
     check_host_time_of_a_plan,
     check_importance,
     check_per_sample_squares,
+    check_training_run,
+    check_cupy,
     check_contract_tests,
     check_compute_sanitizer,
 ]
