@@ -29,6 +29,12 @@ class _Entry:
     constant: float
     maxima: Tensor
 
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Are these the very tensors?"""
+        return len(tensors) == len(self.made_of) and all(
+            reference() is tensor for reference, tensor in zip(self.made_of, tensors, strict=True)
+        )
+
     def holds(self, tensors: Sequence[Tensor], constant: float) -> bool:
         """Are these still bounds? A larger constant makes every score smaller."""
         return (
@@ -125,6 +131,10 @@ class ChunkMaxima:
     def note(self, tensors: tuple[Tensor, ...], maxima: Tensor) -> None:
         """Remember the maxima of tensors[0] (and its second statistic), written just now."""
         key = id(tensors[0])
+        entry = self._entries.get(key)
+        if entry is not None and entry.is_of(tensors):  # keeps its references
+            entry.state, entry.constant, entry.maxima = _state(tensors), self.constant, maxima
+            return
         first = weakref.ref(tensors[0], lambda _: self._entries.pop(key, None))
         made_of = (first, *map(weakref.ref, tensors[1:]))
         self._entries[key] = _Entry(made_of, _state(tensors), self.constant, maxima)
@@ -136,22 +146,22 @@ class ChunkMaxima:
         if kind != self.kind or cuda.has_captured(first[0]):
             return []
         found, known, total = [], 0, 0
+        unknown = torch.empty(0)
         for t, tensor in enumerate(first):
             entry = self._entries.get(id(tensor))
-            total += tensor.numel()
+            n = tensor.numel()
+            total += n
             if entry is not None and entry.holds((tensor, *second[t : t + 1]), constant):
-                known += tensor.numel()
+                known += n
                 found.append(entry.maxima)
             else:
-                found.append(torch.empty(0))
+                found.append(unknown)
         if 2 * known < total:
             return []
         for t, (tensor, maxima) in enumerate(zip(first, found, strict=True)):
-            if not maxima.numel() and tensor.numel():
+            if maxima is unknown:
                 n = (tensor.numel() + CHUNK - 1) // CHUNK
                 found[t] = torch.full((n,), float("inf"), device=tensor.device)
-            elif not tensor.numel():
-                found[t] = torch.empty(0, device=tensor.device)
         return found
 
 
