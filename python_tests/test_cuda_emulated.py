@@ -450,16 +450,3 @@ def test_every_barrier_is_needed() -> None:
     assert list(ends) == sites
     unnoticed = {site: end for site, end in ends.items() if end in (0, 99)}
     assert not unnoticed, f"left out without notice (99: never reached): {unnoticed}"
-
-
-def test_gathered_values_are_apart_and_aligned(emulated: Any) -> None:
-    """They share memory, each from a multiple of 16 bytes, and count their own versions."""
-    sources = [torch.rand(9).bfloat16() for _ in range(3)]
-    indices = [torch.tensor([1, 4, 8]), torch.tensor([], dtype=torch.int64), torch.tensor([5])]
-    values = cuda.gather(sources, indices)
-    for value, source, index in zip(values, sources, indices, strict=True):
-        assert torch.equal(value, source[index])
-        assert value.data_ptr() % 16 == 0 and not value._is_view()
-    values[0].zero_()
-    assert [value._version for value in values] == [1, 0, 0]
-    assert torch.equal(values[2], sources[2][5:6])

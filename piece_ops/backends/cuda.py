@@ -273,30 +273,12 @@ def gather(
     sources: list[Tensor], indices: list[Tensor], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     _schema.check_gather(sources, indices, dtype)
-    values = _new_values(sources, indices, dtype)
+    values = _schema.new_values(sources, indices, dtype)
     if any(map(Tensor.numel, indices)):
         place = place_of("gather", sources[0])
         with place.guard:
             _over_slots(place, "gather", sources, indices, values)
     return values
-
-
-def _new_values(
-    sources: list[Tensor], indices: list[Tensor], dtype: torch.dtype | None
-) -> list[Tensor]:
-    """Allocate what gather returns: one piece of memory for all where they are of one dtype.
-
-    So a call costs one allocation, and one that gets the same memory again keeps its table. All
-    parts begin at multiples of 16 bytes, as compiled code expects of what an op returns.
-    """
-    found = {dtype} if dtype else set(map(_schema.dtype_of, sources))
-    if len(sources) == 1 or len(found) != 1:
-        return _schema.new_values(sources, indices, dtype)
-    (common,) = found
-    align = 16 // common.itemsize
-    parts = [part for n in sizes(indices) for part in (n, -n % align)]
-    flat = sources[0].new_empty(sum(parts), dtype=common)
-    return list(flat.unsafe_split_with_sizes(parts)[::2])
 
 
 @register("scatter_", "CUDA")
