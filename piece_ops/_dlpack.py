@@ -195,10 +195,18 @@ def tensor_from_cuda_array_interface(where: str, value: Any, *, is_written: bool
             "on another one; call within torch.cuda.device(...)"
         )
     if interface.get("stream") is not None:  # torch does not look at it
-        own = torch.cuda.current_stream(tensor.device)
-        stream: Any = torch.cuda.ExternalStream
-        own.wait_stream(stream(interface["stream"], tensor.device))
+        _wait_for(interface["stream"], tensor.device)
     return tensor
+
+
+def _wait_for(stream: int, device: torch.device) -> None:
+    """Let the current stream wait for what the array interface names: 1 and 2 are no handles."""
+    if stream == 2:  # the per-thread default stream, of which torch makes no object
+        torch.cuda.synchronize(device)
+        return
+    external: Any = torch.cuda.ExternalStream
+    other = torch.cuda.default_stream(device) if stream == 1 else external(stream, device)
+    torch.cuda.current_stream(device).wait_stream(other)
 
 
 def describe(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,3 +82,18 @@ def test_subclasses_and_parameters() -> None:
     assert not piece_ops.gather([parameter], [np.array([1])])[0].requires_grad
     piece_ops.scatter_(parameter, np.array([1]), np.ones(1, np.float32))
     assert parameter[1] == 1 and parameter.is_leaf and parameter.requires_grad
+
+
+def test_streams_of_the_cuda_array_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 and 2 are names, not handles; torch makes no stream objects of them (seen on a GPU)."""
+    from piece_ops import _dlpack
+
+    said: list[tuple[str, object]] = []
+    own = SimpleNamespace(wait_stream=lambda other: said.append(("wait", other)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(("all", device)))
+    for stream in (1, 2, 4711):
+        _dlpack._wait_for(stream, torch.device("cuda", 0))
+    assert said == [("wait", "default"), ("all", torch.device("cuda", 0)), ("wait", 4711)]
