@@ -4,7 +4,8 @@
 // Algorithm  one launch; one warp takes tiles of 1024 slots; a lane reads 4 positions, then its 4
 //            source elements, then writes 4 values: positions and values are coalesced.
 // Traffic    per slot: index 8, source one 32-byte sector, value 2..8. Bound: sectors a second.
-//            8 M slots of bfloat16: 0.34 GB, predicted 0.09 ms on an H200 (4.3 TB/s).
+//            8 M slots of bfloat16: 0.34 GB, predicted 0.09 ms on an H200 (4.3 TB/s);
+//            measured there: 5.2 M slots in 40 tensors 0.14 ms (a call with 291 tensors: 4.4, host).
 // Scratch    the table.  Determinism  bitwise.
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
 #include "element.h"

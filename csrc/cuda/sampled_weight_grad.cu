@@ -21,6 +21,8 @@
 //            the dense GEMMs take 188 ms at 700 TFLOP/s. A product costs about as much as 130 of a
 //            GEMM's, so that the GEMM is the better choice from a density of about 0.8 % (float32
 //            without tensor cores: 10 %). This backend does not change over: a GEMM has other bits.
+//            Measured on an H200, all in all: 4096 x 4096 0.26 ms (GEMM 0.33), 14336 x 4096 0.63 (1.17),
+//            128256 x 4096 5.3 (11.2): half as fast as predicted.
 // Scratch    512 bytes a column of input (1024 of float32) and 4 an index, for each block.
 // Determinism  bitwise, any grid.
 // Limits     indices were checked before. 2^31 thread blocks.

@@ -8,7 +8,7 @@
 //            one element; stores of 2 bytes leave the neighbours in the sector alone.
 // Traffic    per slot: index 8, value 2..8, target one 32-byte sector read and written back.
 //            8 M slots into bfloat16 from float32: 0.61 GB, predicted 0.15 ms on an H200 (4.0
-//            TB/s).
+//            TB/s); measured there: 5.2 M slots in 40 tensors 0.32 ms.
 // Scratch    the table.  Determinism  bitwise.
 // Limits     positions were checked before (check_indices). unchecked: nothing changed them since.
 #include "element.h"

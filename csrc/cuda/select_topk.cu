@@ -21,14 +21,16 @@
 //            A dense selection (k > n / 4) keeps nothing: all digits, one read that counts, one
 //            that writes. Everything is launched at once; a step that is not needed returns at
 //            once. The host synchronises when it reads the report, once for each way tried.
-// Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read:
-//               kSample           4.10   reads 1.02     1e9 1.01 ms    8e9 7.8 ms
-//               kSample, maxima   0.29   reads 0.07     1e9 0.13 ms    8e9 0.8 ms   (3e7: 0.44)
+// Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read, and in
+//            brackets whole calls measured on one (2026-11-28), 0.3 ms of host time in each:
+//               kSample           4.10   reads 1.02     1e9 1.01 ms [1.58]   8e9 7.8 ms [9.4]
+//               kSample, maxima   0.29   reads 0.07     1e9 0.13 ms [0.61]   8e9 0.8 ms   (3e7: 0.44)
 //               kMaxima           0.65   reads 0.16     1e9 0.25 ms    8e9 1.5 ms
 //               kResample         4.15   reads 1.04     1e9 1.02 ms    8e9 7.9 ms
-//               kDigits           8.1    reads 2 to 4   1e9 2.0 ms     8e9 15.5 ms
+//               kDigits           8.1    reads 2 to 4   1e9 2.0 ms [2.5]     8e9 15.5 ms [18.2]
 //               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
-//            Bound: HBM; some 20 launches, about 0.05 ms in all, rule below 5e7 scores.
+//            Bound: HBM; some 20 launches, 0.15 ms in all (measured), rule below 1e8 scores.
+//            Measured at 1e9: the filter 1.11 ms (3.6 TB/s), what is before it 0.09, after it 0.08.
 //            Few distinct values: one read, and again those tiles whose ties are selected. Counted
 //            on the emulation (pages each launch touches; 1e6 scores, k = 0.1 %): all equal 1.00,
 //            99 % zeros 1.00, 5 values 1.01, 256 values 1.25, and the sample.

@@ -22,8 +22,9 @@
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
 //            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
 //            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
-//            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 0.94 ms, 8e9 7.5
-//            ms.
+//            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 predicted 0.94
+//            ms, measured 1.11 (2026-11-28): 5 blocks of 4 warps leave the loads of a tile waiting
+//            for the judging of the last one. Next: asynchronous copies into shared memory.
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
 // Limits     a tile's counts fit 16 bits; positions 64.

@@ -9,7 +9,7 @@
 // Traffic    one read. Bound: memory, when there are more tiles than threads can hold (n > 1e9),
 //            else the chain of 8192 additions a thread, some 0.1 to 0.2 ms; the second kernel adds
 //            16 cycles a tile. Predicted on an H200: 1e9 float32 1.1 ms (read floor 0.93), 8e9 8.6
-//            ms.
+//            ms; measured at 1e9 1.36 ms.
 // Scratch    8 bytes a tile and the table.  Determinism  bitwise, any grid.
 #include "element.h"
 #include "piece_ops/ops/total.h"
