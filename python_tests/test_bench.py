@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as bench
-from bench import bench_scaling, bench_select_topk, harness, machine, plots, report
+from bench import bench_scaling, bench_select_topk, harness, machine, plots, predicted, report
 from bench.harness import Absent, Case, Peer, Row
 from bench.inputs import gaussian_squared
 
@@ -51,10 +51,10 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_case_that_cannot_be_built_is_a_row(made: Any, tmp_path: Path) -> None:
-    def no_model() -> Case:
+    def cost_model() -> Case:
         raise Absent("no model here")
 
-    made.update(first=no_model, second=lambda: case(ours()))
+    made.update(first=cost_model, second=lambda: case(ours()))
     assert run("--out", str(tmp_path / "rows")) == 0
     rows = [line for line in lines_of(tmp_path / "rows") if line["kind"] == "row"]
     assert [row["status"] for row in rows] == ["absent: no model here", "ok"]
@@ -148,10 +148,15 @@ def test_names_of_cases_are_unique(op: str, quick: bool) -> None:
     assert names and len(set(names)) == len(names)
 
 
+def cost_model(line: dict[str, Any], gb_per_s: float | None) -> float | None:
+    """As `bench.__main__.run_one` predicts, on a CPU of 100 GFLOP/s."""
+    return predicted.milliseconds(line, gb_per_s, 100.0)
+
+
 def test_targets_say_when_nothing_was_measured() -> None:
     target = harness.Target("faster", harness.time_ratio("a", "b"), 2, at_most=False)
     made = Case("made", "fp32", 1, 1, [], [target])
-    lines = list(bench.records("x", made, [Row("a", "peer", "absent: no a", 1)], 100.0))
+    lines = list(bench.records("x", made, [Row("a", "peer", "absent: no a", 1)], cost_model))
     assert [line["verdict"] for line in lines if line["kind"] == "target"] == ["not measured"]
 
 
@@ -193,7 +198,9 @@ def test_rows_of_a_sweep_are_compared_at_their_own_place() -> None:
     ways: list[tuple[str, float, harness.Role]]
     ways = [("floor", 2.0, "floor"), ("other", 8.0, "peer"), ("piece_ops", 4.0, "ours")]
     rows = [row(name, x, ms * x, role) for x in (10**6, 10**7) for name, ms, role in ways]
-    lines = [line for line in bench.records("sweep", case(), rows, 100.0) if line["role"] == "ours"]
+    lines = [
+        line for line in bench.records("sweep", case(), rows, cost_model) if line["role"] == "ours"
+    ]
     assert [line["n"] for line in lines] == [10**6, 10**7]
     for line in lines:
         assert (line["best_peer_over_this"], line["percent_of_bandwidth"]) == (2, 50)
@@ -210,7 +217,7 @@ def test_every_sweep_runs(name: str) -> None:
     made = dict(bench_scaling.cases(True))[name]()
     rows = harness.run_case(made, quick=True)
     assert {row.status for row in rows} == {"ok"}, rows
-    lines = list(bench.records(name, made, rows, 100.0))
+    lines = list(bench.records(name, made, rows, cost_model))
     assert all(line["predicted_ms"] > 0 for line in lines if line["role"] == "ours")
 
 
@@ -229,8 +236,9 @@ ROOT = Path(report.__file__).parents[1]
 
 
 def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
-    """Else: python -m bench.report bench/results/cpu.jsonl"""
-    cases = report.load([ROOT / "bench" / "results" / "cpu.jsonl"])
+    """Else: python -m bench.report bench/results/cpu.jsonl bench/results/cuda.jsonl"""
+    results = ROOT / "bench" / "results"
+    cases = report.load([results / "cpu.jsonl", results / "cuda.jsonl"])
     for path, text in report.pages(cases, ROOT).items():
         assert path.read_text(encoding="utf-8") == text, path
     figures = {file for _key, file, _what, _draw in plots.plots(cases)}

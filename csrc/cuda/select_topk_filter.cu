@@ -58,11 +58,10 @@ struct Batch {
 template <class K>
 __device__ __forceinline__ void write_batch(Batch<K>* batch, int tiles, uint32_t kept,
                                             const TopkFound<K>& found) {
-  __syncthreads();  // all of it is staged
   if (threadIdx.x == 0) {
     batch->start = kept ? atomicAdd(&found.state->kept, static_cast<unsigned long long>(kept)) : 0;
   }
-  __syncthreads();  // the start is there
+  __syncthreads();  // the start is there, and all that was staged
   const unsigned long long start = batch->start;
   for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
     found.starts[batch->tiles[i]] = static_cast<int64_t>(start + batch->offsets[i]);
