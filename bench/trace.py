@@ -154,6 +154,11 @@ def page(study: dict[str, Any]) -> str:
     machine, versions = study["machine"], study["versions"]
     seeds = sorted({run["seed"] for run in study["chosen"]})
 
+    missing = {v.name for v in STUDY.variants} - {run["method"] for run in study["chosen"]}
+    gap = f" Not measured yet: {', '.join(sorted(missing))}." if missing else ""
+    if lacking := sorted(set(STUDY.seeds) - set(seeds)):
+        gap += f" Seeds not measured yet: {', '.join(map(str, lacking))}."
+
     def table(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
         labelled = [(f"{run['method']}, seed {run['seed']}", run) for run in runs]
         return f"```\n{comparison_table(labelled, tasks, STUDY.texts)}\n```"
@@ -177,7 +182,7 @@ def page(study: dict[str, Any]) -> str:
         "loss gain: how far the answer loss fell, likewise, in nats. d: rise of the log perplexity "
         "of general text (mean of English and code). The last three columns: whether no other "
         "method has at least as much for at most the same price: gain against forgetting (-BWT), "
-        "gain against d, loss gain against d.",
+        f"gain against d, loss gain against d.{gap}",
         "## Every run on test rows",
         table(study["chosen"], STUDY.tasks),
         "## Every run of the grid, eval rows",
