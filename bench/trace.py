@@ -30,7 +30,7 @@ from piece_ops.training.report import format_table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "trace.json"
 PAGE = ROOT / "docs" / "trace.md"
-CACHE = ROOT / ".cache"
+CACHE = Path(".cache")  # of the source tree, where this is run, like the demo
 
 METRICS = {"FOMC": "letter", "NumGLUE-cm": "number", "ScienceQA": "letter"}
 """Tasks in the order of learning, each with its metric."""
