@@ -39,6 +39,8 @@ TEXTS = ("english", "code")
 
 HELD_OUT_ROWS = 60
 
+RECORDED = "<!-- recorded -->\n"  # what follows is no command for the tests of the documentation
+
 
 def command(model: Path, data: Path, tasks: Sequence[str]) -> list[str]:
     """Return the arguments of ``piece-ops`` that all runs share."""
@@ -161,7 +163,7 @@ def page(study: dict[str, Any]) -> str:
 
     def table(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
         labelled = [(f"{run['method']}, seed {run['seed']}", run) for run in runs]
-        return f"```\n{comparison_table(labelled, tasks, STUDY.texts)}\n```"
+        return f"{RECORDED}```\n{comparison_table(labelled, tasks, STUDY.texts)}\n```"
 
     shared = " ".join(command(Path("MODEL"), Path("DIR"), STUDY.tasks))
     options = "\n".join(f"{v.name:<22} {' '.join(v.options)}" for v in STUDY.variants)
@@ -176,7 +178,7 @@ def page(study: dict[str, Any]) -> str:
         f"seed {STUDY.seeds[0]}. Measured on {HELD_OUT_ROWS} test rows a task, the same for every "
         "seed: the standard error of one score is about 6 points, of OP and gain about 3.5.",
         f"## Means over seeds ({', '.join(map(str, seeds))})",
-        f"```\n{summary_table(study['chosen'])}\n```",
+        f"{RECORDED}```\n{summary_table(study['chosen'])}\n```",
         "OP, BWT, gain in points: mean score at the end; its change on earlier tasks since each "
         "was learned; mean over tasks of the score right after learning less the base model's. "
         "loss gain: how far the answer loss fell, likewise, in nats. d: rise of the log perplexity "
@@ -188,8 +190,9 @@ def page(study: dict[str, Any]) -> str:
         "## Every run of the grid, eval rows",
         table(study["grid"], STUDY.tasks[: STUDY.choose_on]),
         "## What was run",
-        f"```\npiece-ops {shared}\n```",
-        f"and for each method, with `--lr`, `--seed`, `--held-out`:\n\n```\n{options}\n```",
+        f"{RECORDED}```\npiece-ops {shared}\n```",
+        "and for each method, with `--lr`, `--seed`, `--held-out`:",
+        f"{RECORDED}```\n{options}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
