@@ -30,8 +30,8 @@ ELSEWHERE = {
     "docs/delta_format.md": "test_delta_peers.py::"
     "test_ten_lines_of_torch_and_safetensors_apply_a_delta",
 }
-# What a block shows: the comment before it, and the test that compares it. (docs/trace.md is compared
-# by test_bench_trace.py.)
+# What a block shows: the comment before it, and the test that compares it (of docs/trace.md it is
+# test_bench_trace.py).
 SHOWN = {
     "<!-- predict:begin -->": "test_predict.py::test_the_example_of_the_documentation",
     "<!-- recorded -->": "test_doc_blocks.py::test_the_demo_section_is_what_was_recorded",
