@@ -14,7 +14,7 @@
 //               every kept score its place there, so that a share is in order.
 //            4. shares of up to 32 tiles gather before one atomic add reserves room for all of them
 //               and they are copied out. (With an atomic add and a second barrier for every tile,
-//               1e9 scores took 1.38 ms on an H200, 2.9 TB/s: two waits as long as the loads'.)
+//               1e9 scores took 1.38 ms on an H200, 2.9 TB/s.)
 //            Batches lie in the order of the atomic adds. Nothing depends on it: the tile says where
 //            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
 //            block waits for another. What does not fit the room is counted, not written; verify
@@ -23,8 +23,9 @@
 //            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
 //            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
 //            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 predicted 0.94
-//            ms, measured 1.11 (2026-11-28): 5 blocks of 4 warps leave the loads of a tile waiting
-//            for the judging of the last one. Next: asynchronous copies into shared memory.
+//            ms, measured 1.11 (2026-11-28): probably since 5 blocks of 4 warps leave the loads of a
+//            tile waiting for the judging of the last one. One barrier less since. Next:
+//            asynchronous copies into shared memory.
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
 // Limits     a tile's counts fit 16 bits; positions 64.
