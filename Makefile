@@ -84,7 +84,7 @@ sanitize: $(VENV)/.extra-test
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build $(SANITIZED)/build
-	for isa in portable avx2 avx512; do \
+	for isa in portable avx2 avx512 amx; do \
 	  PIECE_OPS_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1 \
 	  $(SANITIZED)/build/piece_ops_native_tests || exit 1; done
 	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site

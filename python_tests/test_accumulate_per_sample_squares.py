@@ -103,7 +103,7 @@ def test_close_to_the_reference(shape: str, dtypes: str, rng: torch.Generator) -
     check(grad, x, offsets, scales, rng)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_close_to_the_reference_with_other_instruction_sets(isa: str) -> None:
     if isa not in _native.extension().supported_isas():
         pytest.skip(f"this CPU or build has no {isa}")

@@ -15,7 +15,7 @@ import pytest
 from piece_ops import _native
 
 WORKER = Path(__file__).parent / "helpers" / "isa_worker.py"
-NAMES = ("portable", "avx2", "avx512")
+NAMES = ("portable", "avx2", "avx512", "amx")
 LIVE = "from piece_ops import _native; print(_native.describe()['isa'])"
 SUPPORTED = _native.extension().supported_isas()
 

@@ -70,6 +70,7 @@ struct Bodies {
 struct Isa {
   const char* name;
   const Bodies* bodies;
+  const Products* pairs;  // products of two bfloat16 matrices; null: bodies->products do them
 };
 
 // Those this build holds and this CPU can run, weakest first.

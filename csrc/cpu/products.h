@@ -23,17 +23,22 @@ struct TileOut {
 struct Products {
   int64_t rows;
   int64_t columns;
-  int64_t step;  // tokens in a packed word
+  int64_t step;   // tokens in a packed word
+  int64_t steps;  // packed words of a panel's row or column: a multiple of it, the last ones zeros
   // Packs consecutive tokens of `width` features into panels, `panel_words` apart.
   void (*pack_rows)(DType dtype, const void* x, int64_t stride, int64_t tokens, int64_t width,
                     uint32_t* out, int64_t panel_words);
   void (*pack_columns)(DType dtype, const void* x, int64_t stride, int64_t tokens, int64_t width,
                        uint32_t* out, int64_t panel_words);
-  // Adds `steps` packed words of one panel of each.
-  void (*tile)(const uint32_t* rows, const uint32_t* columns, int64_t steps, const TileOut& out);
+  // Adds `steps` packed words of one panel of each. What is to be done with the sums may be left to
+  // the next call, which gets this one's `out` as `previous` (else null), and at last to finish().
+  void (*tile)(const uint32_t* rows, const uint32_t* columns, int64_t steps, const TileOut& out,
+               const TileOut* previous);
+  // Null where nothing is left to it.
+  void (*finish)(const TileOut& previous);
+  // Called by a thread before and after its calls of tile(); may be null.
+  void (*begin)();
+  void (*end)();
 };
-
-// For bfloat16 matrices, with products of pairs; null where the CPU (or PIECE_OPS_ISA) has none.
-const Products* bfloat16_products();
 
 }  // namespace piece_ops::cpu

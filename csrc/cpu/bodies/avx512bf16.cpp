@@ -51,6 +51,8 @@ void pack_pairs(DType, const void* x, int64_t stride, int64_t tokens, int64_t wi
 #include "product_tile.inl"
 
 namespace piece_ops::cpu::avx512bf16 {
-const Products kProducts = {8, 48, 2, pack_pairs<8>, pack_pairs<48>, product_tile<Pairs, 8, 3>};
+const Products kProducts = {
+    8,       48,      2,      1, pack_pairs<8>, pack_pairs<48>, product_tile<Pairs, 8, 3>,
+    nullptr, nullptr, nullptr};
 }  // namespace piece_ops::cpu::avx512bf16
 #endif

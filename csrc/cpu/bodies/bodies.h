@@ -31,4 +31,7 @@ extern const Bodies kBodies;
 namespace avx512bf16 {
 extern const Products kProducts;
 }
+namespace amxbf16 {
+extern const Products kProducts;
+}
 }  // namespace piece_ops::cpu

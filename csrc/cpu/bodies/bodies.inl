@@ -225,9 +225,13 @@ const Products kProducts = {
     kProductRows,
     kProductVectors * FloatLanes::kLanes,
     1,
+    1,
     pack_float<kProductRows>,
     pack_float<kProductVectors * FloatLanes::kLanes>,
     product_tile<FloatLanes, kProductRows, kProductVectors>,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 // ---- sampled_weight_grad -----------------------------------------------------------------------

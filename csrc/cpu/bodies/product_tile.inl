@@ -9,8 +9,8 @@ namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE {
 namespace {
 
 template <class Simd, int kRows, int kVectors>
-void product_tile(const uint32_t* rows, const uint32_t* columns, int64_t steps,
-                  const TileOut& out) {
+void product_tile(const uint32_t* rows, const uint32_t* columns, int64_t steps, const TileOut& out,
+                  const TileOut*) {
   using Vector = typename Simd::Vector;
   constexpr int kLanes = Simd::kLanes;
   Vector sum[kRows][kVectors];
