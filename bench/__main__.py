@@ -194,6 +194,7 @@ def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict
         return predicted.milliseconds(line, gb_per_s, common["gflop_per_s"])
 
     started = time.monotonic()
+    harness.hand_back()
     try:
         case = build()
     except (harness.Absent, ImportError, MemoryError) as error:

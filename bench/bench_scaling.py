@@ -2,8 +2,9 @@
 
 The cost model of ``piece_ops.predict`` stands beside each time of ours (``predicted.py``), with the
 bandwidth of the floor measured at the same place. One torch.topk goes along where it takes less
-than some seconds. At 2e9 float32 elements the array alone has 8 GB; what does not fit into memory
-is a row that says so. Random numbers are drawn once, 1e8 of them, and repeated scaled.
+than some seconds. At 2e9 float32 elements the array alone has 8 GB, and at most 12 GB are held at a
+time; what does not fit into memory is a row that says so. Random numbers are drawn once, 1e8 of
+them, and repeated scaled.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor
 
 import piece_ops
-from bench.bench_select_topk import TOPK, check_ours, check_set, torch_topk
-from bench.harness import Absent, Case, Peer, require_memory
+from bench.bench_select_topk import TOPK, Check, torch_topk
+from bench.harness import Absent, Case, Peer, hand_back, require_memory
 from bench.inputs import gaussian_squared
 from piece_ops import _native
 
 OURS, COMPACT, READ, COPY = "piece_ops", "piece_ops, compact gradients", "one read", "one copy"
 TOKENS, SAMPLES = 64, 8
-SECONDS = 0.7  # of the timed calls of one row
-BUDGET = 120.0  # seconds from the first sweep on; later only what has 1e8 elements or less
+SECONDS = 0.5  # of the timed calls of one row
+BUDGET = 150.0  # seconds from the first sweep on; later only what has 1e8 elements or less
 DRAWN = 10**8
 BESIDE = 1e-3  # density, where it does not vary
 
@@ -63,6 +64,7 @@ class Store:
         self.begun = time.monotonic() if self.begun is None else self.begun
         keep = needs_numbers and sizes == self.sizes
         self.made = {k: v for k, v in self.made.items() if keep and k in ("numbers", "spare")}
+        hand_back()
         self.sizes = sizes
 
     def require_time(self, n: int) -> None:
@@ -146,8 +148,14 @@ class Place:
             kernel, READ, partial(_native.read_bandwidth_probe, flat), 4 * self.n, "floor"
         )
 
-    def copy(self, kernel: str, kind: str = "numbers") -> Peer:
-        source, target = STORE.take(kind, self.n)[: self.n // 2], STORE.take("spare", self.n)
+    def copy(self, kernel: str) -> Peer:
+        source, target = self.flat[: self.n // 2], STORE.take("spare", self.n)
+        return self.peer(kernel, COPY, lambda: target.copy_(source), 2 * source.nbytes, "floor")
+
+    def copy_zeros(self, kernel: str) -> Peer:
+        """One half over the other: it says as much, and takes no memory of its own."""
+        zeros, half = STORE.take("zeros", self.n), self.n // 2
+        source, target = zeros[:half], zeros[half : 2 * half]
         return self.peer(kernel, COPY, lambda: target.copy_(source), 2 * source.nbytes, "floor")
 
 
@@ -156,6 +164,7 @@ class Place:
 
 def select(place: Place) -> list[Peer]:
     kernel, parts = "select_topk", in_parts(place.flat, place.tensors)
+    check = Check(parts, place.k)
     rows = [
         place.read(kernel),
         place.peer(
@@ -164,12 +173,12 @@ def select(place: Place) -> list[Peer]:
             lambda: piece_ops.select_topk(parts, place.k),
             4 * place.n,
             "ours",
-            check=check_ours(parts, place.k),
+            check=check.ours,
         ),
     ]
     if place.n <= DRAWN and place.tensors == 1:
-        topk, right = partial(torch_topk, place.flat, place.k), check_set(place.flat, place.k)
-        rows.append(place.peer(kernel, TOPK, topk, 4 * place.n, "peer", check=right))
+        topk = partial(torch_topk, place.flat, place.k)
+        rows.append(place.peer(kernel, TOPK, topk, 4 * place.n, "peer", check=check.others))
     return rows
 
 
@@ -186,14 +195,15 @@ def accumulate(place: Place) -> list[Peer]:
         piece_ops.accumulate_squares_(*lists)
 
     return [
-        place.copy(kernel, "zeros"),
+        place.copy_zeros(kernel),
         place.peer(kernel, OURS, run, 10 * n, "ours", check=right, reset=squares.zero_),
     ]
 
 
 def total(place: Place) -> list[Peer]:
     def right(got: float) -> str | None:
-        want = float(place.flat.sum(dtype=torch.float64))
+        # In parts: torch casts what it sums, twice the memory of all of it.
+        want = sum(float(part.sum(dtype=torch.float64)) for part in place.flat.split(1 << 18))
         return None if abs(got - want) <= 1e-9 * want else f"{got} instead of {want}"
 
     run = partial(piece_ops.functional.total, place.flat)
@@ -280,7 +290,7 @@ def per_sample(place: Place) -> list[Peer]:
         piece_ops.accumulate_per_sample_squares_(squares, grad, x, offsets)
 
     return [
-        place.copy(kernel, "zeros"),
+        place.copy_zeros(kernel),
         place.peer(kernel, OURS, run, 8 * place.n, "ours", check=right, at=at, reset=squares.zero_),
     ]
 

@@ -30,6 +30,9 @@ from typing import Any, Literal, TypeVar
 
 Role = Literal["ours", "peer", "floor", "bound"]
 MOST_ROUNDS = 11
+# Of the machine's memory, by one run. A machine without swap ends the process that asks for the
+# last of it, and with that a run of minutes.
+MOST_MEMORY = 0.7
 T = TypeVar("T")
 
 
@@ -130,10 +133,16 @@ def _status_bytes(name: str) -> int:
     raise Absent(f"/proc/self/status has no {name}")
 
 
+def hand_back() -> None:
+    """Give the system what was freed: the allocator keeps it (`machine.GLIBC_TUNABLES`)."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _settle_memory() -> int:
     """Hand free pages back, reset the high-water mark; the resident bytes then."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    hand_back()
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
@@ -160,14 +169,22 @@ def timed(run: Callable[[], T]) -> Callable[[], tuple[T, float]]:
 
 
 def require_memory(n_bytes: float) -> None:
-    """Raise Absent if the machine has not this much memory to give."""
+    """Raise Absent if the machine has not this much memory to give, or not within `MOST_MEMORY`."""
     try:
         text = Path("/proc/meminfo").read_text()
-    except OSError:
+        held = _status_bytes("VmRSS")
+    except (OSError, Absent):
         return
-    free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    if free < n_bytes:
-        raise Absent(f"needs {n_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+    total, free = (
+        int(text.split(f"{name}:")[1].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable")
+    )
+    allowed = MOST_MEMORY * total - held
+    if min(free, allowed) < n_bytes:
+        raise Absent(
+            f"needs {n_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free and "
+            f"{max(allowed, 0) / 1e9:.1f} left of the {MOST_MEMORY * total / 1e9:.1f} that a run "
+            "may take"
+        )
 
 
 # ---- running ----------------------------------------------------------------------------------
