@@ -5,7 +5,8 @@ beside pure-PyTorch masking in three forms, PIECE as released, FISH-mask's proce
 and LoRA, and full fine-tuning. All ways stay in memory and step in turns, so a slow phase of the
 machine hits all alike; all take the same number of steps: 8, and up to 20 of what fits into
 `SECONDS`. Times of a row are those of its steps but for the first two. Importance, set-up and
-checkpoint are timed once, a selection three times (PIECE as released once). Importance and
+checkpoint are timed once, a selection three times (where it takes a second once, after a first
+call; PIECE as released once). Importance and
 selection of the three maskings are one piece of code, so they are run once for all three. Extra
 memory is measured around each phase; that of the steps around the first two, which make gradients,
 moments and activations.

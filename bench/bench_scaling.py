@@ -20,7 +20,16 @@ from torch import Tensor
 
 import piece_ops
 from bench.bench_select_topk import TOPK, Check, torch_topk
-from bench.harness import Absent, Case, Peer, hand_back, require_memory
+from bench.harness import (
+    Absent,
+    Case,
+    Peer,
+    Target,
+    hand_back,
+    percent_of,
+    require_memory,
+    time_ratio,
+)
 from bench.inputs import gaussian_squared
 from piece_ops import _native
 
@@ -331,6 +340,22 @@ OPS: dict[str, Op] = {
 ON_NUMBERS = tuple(OPS)[:6]
 
 
+def promises(op: str, places: list[Place]) -> list[Target]:
+    """What holds at 1e8 elements must hold for as long as memory lasts."""
+    made = []
+    for place in places:
+        at = f"{place.x:,g}"
+        if place.n < DRAWN or place.x != place.n:
+            continue
+        if op == "select_topk":
+            over = time_ratio(f"{OURS}, {at}", f"{READ}, {at}")
+            made.append(Target(f"time / one read of the scores, {at}", over, 1.4, at_most=True))
+        elif op == "accumulate_squares_":
+            share = percent_of(f"{OURS}, {at}", f"{COPY}, {at}")
+            made.append(Target(f"bandwidth / a copy's, {at}", share, 85, at_most=False, unit="%"))
+    return made
+
+
 def sweep(op: str, places: list[Place]) -> Case:
     peers: list[Peer] = []
     sizes = tuple(place.n for place in places)
@@ -342,7 +367,7 @@ def sweep(op: str, places: list[Place]) -> Case:
         except (Absent, MemoryError, RuntimeError) as error:
             peers.append(place.peer(op, OURS, partial(_raise, error), 1, "ours"))
     n = max(sizes)
-    return Case("scaling", "fp32", n, 4 * n, peers, peer_seconds=SECONDS)
+    return Case("scaling", "fp32", n, 4 * n, peers, promises(op, places), peer_seconds=SECONDS)
 
 
 def _raise(error: Exception) -> None:

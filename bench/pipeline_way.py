@@ -15,7 +15,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from bench.bench_training_step import n_bytes
-from bench.harness import Absent, Role, Row, measure_extra_bytes, timed
+from bench.harness import LONG, Absent, Role, Row, measure_extra_bytes, timed
 
 DENSITY = 1e-3
 Batch = dict[str, Tensor]
@@ -164,7 +164,7 @@ class Measured:
         if extra is not None:
             figures[f"{name}_extra_bytes"] = extra
         if times > 1:
-            result, figures[f"{name}_ms"] = milliseconds(run, times)
+            result, figures[f"{name}_ms"] = milliseconds(run, times if seconds < LONG / 2 else 1)
         return result
 
     def start(self, common: Positions | None, alike: Measured | None = None) -> None:
