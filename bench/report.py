@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, predicted
-from bench.__main__ import PLANNED, size
+from bench.__main__ import OPS, PLANNED, module_of, size
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -276,7 +276,17 @@ def pipeline_table(lines: list[Line]) -> str:
 def section(cases: dict[CaseKey, list[Line]]) -> str:
     """What stands between the markers of README.md."""
     pipelines = [pipeline_table(lines) for key, lines in cases.items() if key[0] == "pipeline"]
-    return "\n\n".join([*pipelines, targets_table(cases, False), where(cases)])
+    said = [targets_table(cases, False), where(cases), not_recorded(cases)]
+    return "\n\n".join(filter(None, [*pipelines, *said]))
+
+
+def not_recorded(cases: dict[CaseKey, list[Line]]) -> str:
+    """How many cases of each op on the CPU have no rows; empty if all have."""
+    counts = {
+        op: sum((op, name) not in cases for name, _ in module_of(op).cases(False)) for op in OPS
+    }
+    named = ", ".join(f"{count} of {op}" for op, count in counts.items() if count)
+    return f"Cases of `make bench` that are not recorded yet: {named}." if named else ""
 
 
 def agreement(cases: dict[CaseKey, list[Line]]) -> str:

@@ -309,6 +309,15 @@ def test_plots_of_a_sweep_and_of_a_pipeline(tmp_path: Path) -> None:
     assert "| **piece_ops** | 1 ms | 2 ms | 1 B | 2 B | 3 B |" in readme
 
 
+def test_the_readme_says_what_is_not_recorded() -> None:
+    names = [(op, name) for op in bench.OPS for name, _ in bench.module_of(op).cases(False)]
+    every: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in names}
+    assert report.not_recorded(every) == ""
+    for op, name in names[:2] + names[-1:]:
+        del every[op, name]
+    assert "yet: 2 of select_topk, 1 of scaling." in report.not_recorded(every)
+
+
 def test_the_readme_shows_main_targets_and_every_miss() -> None:
     def target(op: str, case: str, verdict: str) -> dict[str, Any]:
         text = {"op": op, "case": case, "kind": "target", "target": f"{case} {verdict}"}
