@@ -31,12 +31,32 @@ OPS = {
     "scaling": "bench_scaling",
 }
 
+# Seconds of each op's cases, to end in a quarter of an hour together: on two idle cores of 2026
+# with 24 GiB. A case that is to take longer must be paid for by another one.
+PLANNED = {
+    "select_topk": 160,
+    "accumulate_squares_": 13,
+    "accumulate_per_sample_squares_": 20,
+    "sparse_adamw_": 13,
+    "gather": 3,
+    "scatter_": 3,
+    "total": 4,
+    "sampled_weight_grad": 27,
+    "importance": 105,
+    "training_step": 90,
+    "pipeline": 225,
+    "delta": 16,
+    "call_overhead": 6,
+    "scaling": 105,
+}
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (all)")
     parser.add_argument("--quick", action="store_true", help="small inputs, only to see it run")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--dry", action="store_true", help="list cases and planned seconds only")
     parser.add_argument("--out", type=Path, help="JSON lines are written here, when all have run")
     parser.add_argument(
         "--update", action="store_true", help="keep the rows of --out's other cases"
@@ -155,6 +175,18 @@ def show(lines: list[dict[str, Any]]) -> None:
     sys.stdout.flush()
 
 
+def list_cases(args: argparse.Namespace) -> None:
+    for op in args.ops:
+        names = [name for name, _ in module_of(op).cases(args.quick) if args.only in name]
+        print(f"{op}: {len(names)} cases, {PLANNED[op]} s planned for all of the op")
+        print("".join(f"  {name}\n" for name in names), end="")
+    print(f"{sum(PLANNED[op] for op in args.ops)} s planned")
+
+
+def module_of(op: str) -> Any:
+    return importlib.import_module(f"bench.{OPS[op]}")
+
+
 def run(args: argparse.Namespace) -> int:
     """All cases asked for; 1 if an answer of ours was wrong."""
     import torch
@@ -166,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     print(" | ".join(f"{key} {value}" for key, value in common.items()))
     started, out = time.monotonic(), []
     for op in args.ops:
-        for name, build in importlib.import_module(f"bench.{OPS[op]}").cases(args.quick):
+        for name, build in module_of(op).cases(args.quick):
             if args.only in name:
                 lines = run_one(op, name, build, common)
                 show(lines)
@@ -194,6 +226,7 @@ def run_one(op: str, name: str, build: Any, common: dict[str, Any]) -> list[dict
         return predicted.milliseconds(line, gb_per_s, common["gflop_per_s"])
 
     started = time.monotonic()
+    harness.hand_back()
     try:
         case = build()
     except (harness.Absent, ImportError, MemoryError) as error:
@@ -227,6 +260,9 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     args = parse(sys.argv[1:])
+    if args.dry:
+        list_cases(args)
+        return
     if not args.plain_malloc and os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
         # glibc reads its tunables at process start only.
         environment = {**os.environ, "GLIBC_TUNABLES": GLIBC_TUNABLES}

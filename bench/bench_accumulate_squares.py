@@ -70,7 +70,14 @@ def accumulate(shapes: list[tuple[int, ...]]) -> Case:
         Target("faster than torch._foreach", under_best(FOREACH, OURS), 2.0, at_most=False),
     ]
     return Case(
-        "accumulate_squares_", "bf16 -> fp32", n, 10 * n, peers, targets, tensors=len(shapes)
+        "accumulate_squares_",
+        "bf16 -> fp32",
+        n,
+        10 * n,
+        peers,
+        targets,
+        peer_seconds=1.5,
+        tensors=len(shapes),
     )
 
 

@@ -138,6 +138,7 @@ def switch(quick: bool, dtype: torch.dtype, stored: torch.dtype) -> Case:
             Target("content on disk, a coordinate", lambda _: content, allowed, True, "B"),
             Target("file on disk, a coordinate", lambda _: whole, allowed, True, "B"),
         ],
+        peer_seconds=1,
     )
 
 

@@ -6,6 +6,8 @@ read forward and backward, and their accumulators, read and written.
 With a memory budget of a tenth of the accumulators, `estimate` (piece-s, 4 rows of 64 tokens) goes
 over its batches once for each group of parameters, or once in all if there is but one batch; a pass
 should cost what the one over all parameters costs, and the selection must be the same.
+
+Who takes longer than `SECONDS` a call is called once: a loop over rows, an estimate.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import piece_ops
 from bench.harness import Absent, Case, Peer, Row, Target, time_ratio
@@ -23,8 +26,9 @@ from piece_ops.importance import Importance
 from piece_ops.importance.budget import groups_within, needs_of
 
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
-ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1, 2)
+ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1)
 WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
+SECONDS = 2.5
 
 
 def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
@@ -36,8 +40,7 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     batched = Importance(model, "piece-f")
     loop = Importance(model, "piece-f", per_sample="loop")
-    loop.update(batch)
-    one_pass = {n: float(t.double().sum()) for n, t in loop._square_sums.items()}
+    one_pass: dict[str, float] = {}  # after the loop's first call
     n, width = batched.candidate_count, model.lm_head.weight.element_size()
     batched.update(batch)  # the first batch of a kind is also tried row by row
 
@@ -48,6 +51,9 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
     def update(which: Importance) -> Importance:
         which.update(batch)
         return which
+
+    def remember(which: Importance) -> None:
+        one_pass.update({n: float(t.double().sum()) for n, t in which._square_sums.items()})
 
     def right(which: Importance) -> str | None:
         """The passes so far, each with the loop's squares but for rounding."""
@@ -63,7 +69,7 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
 
     peers = [
         Peer(PLAIN, plain, note="every parameter's gradient of the batch"),
-        Peer(LOOP, lambda: update(loop)),
+        Peer(LOOP, lambda: update(loop), remember),
         Peer(OURS, lambda: update(batched), right, "ours"),
     ]
     targets = [
@@ -71,7 +77,11 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
         Target("faster than the loop", time_ratio(LOOP, OURS), 1.5, at_most=False),
     ]
     name = str(dtype).removeprefix("torch.")
-    return Case("importance", name, ids.numel(), (2 * width + 8) * n, peers, targets)
+    return case(name, ids.numel(), (2 * width + 8) * n, peers, targets)
+
+
+def case(name: str, n: int, n_bytes: int, peers: list[Peer], targets: list[Target]) -> Case:
+    return Case("importance", name, n, n_bytes, peers, targets, peer_seconds=SECONDS)
 
 
 def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batches: int) -> Case:
@@ -113,7 +123,7 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
     ]
     targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
     name, n = str(dtype).removeprefix("torch."), total // 8
-    return Case("importance", name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets)
+    return case(name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets)
 
 
 def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
@@ -124,19 +134,28 @@ def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
         return absent_case("importance", torch.bfloat16, ROUNDED, error)
     ids = token_ids(quick, *size)
     batches = [{"input_ids": part, "labels": part} for part in ids.chunk(n_batches)]
+
+    def chosen(**settings: Any) -> dict[str, dict[str, Tensor]]:
+        """By each method: piece-s adds up what piece-f needs, too."""
+        held = Importance(model, "piece-s", **settings)
+        for batch in batches:
+            held.update(batch)
+        selection = held.select(density=1e-3)
+        by_squares = piece_ops.select_topk(held._square_sums, selection.k)
+        return {"piece-f": by_squares.indices, "piece-s": dict(selection.indices)}
+
     figures = {}
-    for method in ("piece-f", "piece-s"):
-        want = piece_ops.estimate(model, batches, method, density=1e-3)
-        for seed in SEEDS:
-            got = piece_ops.estimate(
-                model, batches, method, density=1e-3, accumulators="bfloat16", seed=seed
-            )
+    want = chosen()
+    for seed in SEEDS:
+        got = chosen(accumulators="bfloat16", seed=seed)
+        for method, positions in want.items():
             common = sum(
-                int(torch.isin(got.indices[name], places).sum())
-                for name, places in want.indices.items()
-                if name in got.indices
+                int(torch.isin(got[method][name], places).sum())
+                for name, places in positions.items()
+                if name in got[method]
             )
-            figures[f"{method}_seed_{seed}_percent"] = 100 * common / want.k
+            k = sum(places.numel() for places in positions.values())
+            figures[f"{method}_seed_{seed}_percent"] = 100 * common / k
     row = Row(ROUNDED, "ours", "ok", 0, figures=figures, note="same coordinates as float32's")
     return Case("importance", "bfloat16", ids.numel(), 0, [], measured=[row])
 

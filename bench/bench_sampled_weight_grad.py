@@ -114,7 +114,7 @@ def all_layers(shapes: list[tuple[int, ...]], dtype: torch.dtype, is_skewed: boo
     name = str(dtype).removeprefix("torch.")
     n = sum(index.numel() for index in layers.indices)
     faster = Target("faster than the dense GEMM", time_ratio("dense GEMM", "piece_ops"), 10, False)
-    return Case("sampled_weight_grad", name, n, layers.n_bytes, peers, [faster])
+    return Case("sampled_weight_grad", name, n, layers.n_bytes, peers, [faster], peer_seconds=2)
 
 
 def one_density(density: float, dtype: torch.dtype) -> Case:

@@ -2,8 +2,9 @@
 
 The cost model of ``piece_ops.predict`` stands beside each time of ours (``predicted.py``), with the
 bandwidth of the floor measured at the same place. One torch.topk goes along where it takes less
-than some seconds. At 2e9 float32 elements the array alone has 8 GB; what does not fit into memory
-is a row that says so. Random numbers are drawn once, 1e8 of them, and repeated scaled.
+than some seconds. At 2e9 float32 elements the array alone has 8 GB, and at most 12 GB are held at a
+time; what does not fit into memory is a row that says so. Random numbers are drawn once, 1e8 of
+them, and repeated scaled.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ import torch
 from torch import Tensor
 
 import piece_ops
-from bench.bench_select_topk import TOPK, check_ours, check_set, torch_topk
-from bench.harness import Absent, Case, Peer, require_memory
+from bench.bench_select_topk import TOPK, Check, torch_topk
+from bench.harness import (
+    Absent,
+    Case,
+    Peer,
+    Target,
+    hand_back,
+    percent_of,
+    require_memory,
+    time_ratio,
+)
 from bench.inputs import gaussian_squared
 from piece_ops import _native
 
 OURS, COMPACT, READ, COPY = "piece_ops", "piece_ops, compact gradients", "one read", "one copy"
 TOKENS, SAMPLES = 64, 8
-SECONDS = 0.7  # of the timed calls of one row
-BUDGET = 120.0  # seconds from the first sweep on; later only what has 1e8 elements or less
+SECONDS = 0.5  # of the timed calls of one row
+BUDGET = 150.0  # seconds from the first sweep on; later only what has 1e8 elements or less
 DRAWN = 10**8
 BESIDE = 1e-3  # density, where it does not vary
 
@@ -63,6 +73,7 @@ class Store:
         self.begun = time.monotonic() if self.begun is None else self.begun
         keep = needs_numbers and sizes == self.sizes
         self.made = {k: v for k, v in self.made.items() if keep and k in ("numbers", "spare")}
+        hand_back()
         self.sizes = sizes
 
     def require_time(self, n: int) -> None:
@@ -146,8 +157,14 @@ class Place:
             kernel, READ, partial(_native.read_bandwidth_probe, flat), 4 * self.n, "floor"
         )
 
-    def copy(self, kernel: str, kind: str = "numbers") -> Peer:
-        source, target = STORE.take(kind, self.n)[: self.n // 2], STORE.take("spare", self.n)
+    def copy(self, kernel: str) -> Peer:
+        source, target = self.flat[: self.n // 2], STORE.take("spare", self.n)
+        return self.peer(kernel, COPY, lambda: target.copy_(source), 2 * source.nbytes, "floor")
+
+    def copy_zeros(self, kernel: str) -> Peer:
+        """One half over the other: it says as much, and takes no memory of its own."""
+        zeros, half = STORE.take("zeros", self.n), self.n // 2
+        source, target = zeros[:half], zeros[half : 2 * half]
         return self.peer(kernel, COPY, lambda: target.copy_(source), 2 * source.nbytes, "floor")
 
 
@@ -156,6 +173,7 @@ class Place:
 
 def select(place: Place) -> list[Peer]:
     kernel, parts = "select_topk", in_parts(place.flat, place.tensors)
+    check = Check(parts, place.k)
     rows = [
         place.read(kernel),
         place.peer(
@@ -164,12 +182,12 @@ def select(place: Place) -> list[Peer]:
             lambda: piece_ops.select_topk(parts, place.k),
             4 * place.n,
             "ours",
-            check=check_ours(parts, place.k),
+            check=check.ours,
         ),
     ]
     if place.n <= DRAWN and place.tensors == 1:
-        topk, right = partial(torch_topk, place.flat, place.k), check_set(place.flat, place.k)
-        rows.append(place.peer(kernel, TOPK, topk, 4 * place.n, "peer", check=right))
+        topk = partial(torch_topk, place.flat, place.k)
+        rows.append(place.peer(kernel, TOPK, topk, 4 * place.n, "peer", check=check.others))
     return rows
 
 
@@ -186,14 +204,15 @@ def accumulate(place: Place) -> list[Peer]:
         piece_ops.accumulate_squares_(*lists)
 
     return [
-        place.copy(kernel, "zeros"),
+        place.copy_zeros(kernel),
         place.peer(kernel, OURS, run, 10 * n, "ours", check=right, reset=squares.zero_),
     ]
 
 
 def total(place: Place) -> list[Peer]:
     def right(got: float) -> str | None:
-        want = float(place.flat.sum(dtype=torch.float64))
+        # In parts: torch casts what it sums, twice the memory of all of it.
+        want = sum(float(part.sum(dtype=torch.float64)) for part in place.flat.split(1 << 18))
         return None if abs(got - want) <= 1e-9 * want else f"{got} instead of {want}"
 
     run = partial(piece_ops.functional.total, place.flat)
@@ -280,7 +299,7 @@ def per_sample(place: Place) -> list[Peer]:
         piece_ops.accumulate_per_sample_squares_(squares, grad, x, offsets)
 
     return [
-        place.copy(kernel, "zeros"),
+        place.copy_zeros(kernel),
         place.peer(kernel, OURS, run, 8 * place.n, "ours", check=right, at=at, reset=squares.zero_),
     ]
 
@@ -321,6 +340,22 @@ OPS: dict[str, Op] = {
 ON_NUMBERS = tuple(OPS)[:6]
 
 
+def promises(op: str, places: list[Place]) -> list[Target]:
+    """What holds at 1e8 elements must hold for as long as memory lasts."""
+    made = []
+    for place in places:
+        at = f"{place.x:,g}"
+        if place.n < DRAWN or place.x != place.n:
+            continue
+        if op == "select_topk":
+            over = time_ratio(f"{OURS}, {at}", f"{READ}, {at}")
+            made.append(Target(f"time / one read of the scores, {at}", over, 1.4, at_most=True))
+        elif op == "accumulate_squares_":
+            share = percent_of(f"{OURS}, {at}", f"{COPY}, {at}")
+            made.append(Target(f"bandwidth / a copy's, {at}", share, 85, at_most=False, unit="%"))
+    return made
+
+
 def sweep(op: str, places: list[Place]) -> Case:
     peers: list[Peer] = []
     sizes = tuple(place.n for place in places)
@@ -332,7 +367,7 @@ def sweep(op: str, places: list[Place]) -> Case:
         except (Absent, MemoryError, RuntimeError) as error:
             peers.append(place.peer(op, OURS, partial(_raise, error), 1, "ours"))
     n = max(sizes)
-    return Case("scaling", "fp32", n, 4 * n, peers, peer_seconds=SECONDS)
+    return Case("scaling", "fp32", n, 4 * n, peers, promises(op, places), peer_seconds=SECONDS)
 
 
 def _raise(error: Exception) -> None:

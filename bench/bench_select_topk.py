@@ -69,21 +69,30 @@ def floors(tensors: Sequence[Tensor]) -> list[Peer]:
     ]
 
 
-def check_ours(tensors: list[Tensor], k: int) -> Callable[[Any], str | None]:
-    """Ours must also take the first of the ties."""
-    return lambda top: check_topk(
-        tensors, top.indices if isinstance(top.indices, list) else [top.indices], k
-    )
+class Check:
+    """Says what is wrong with a selection. An answer proven once need not be proven again."""
 
+    def __init__(self, tensors: Sequence[Tensor], k: int) -> None:
+        self.tensors, self.k = tensors, k
+        self.proven: list[Tensor] | None = None  # with the first of the ties
 
-def check_set(flat: Tensor, k: int) -> Callable[[Any], str | None]:
-    """Others may take any of the ties, in any order; the result is one array of positions."""
+    def ours(self, top: Any) -> str | None:
+        """Ours must also take the first of the ties."""
+        indices = top.indices if isinstance(top.indices, list) else [top.indices]
+        wrong = self._wrong(indices, first_ties=True)
+        if wrong is None:
+            self.proven = indices
+        return wrong
 
-    def check(indices: Any) -> str | None:
-        ordered = torch.as_tensor(indices).sort().values
-        return check_topk([flat], [ordered], k, first_ties=False)
+    def others(self, indices: Any) -> str | None:
+        """Others may take any of the ties, in any order; the result is one array of positions."""
+        return self._wrong([torch.as_tensor(indices).sort().values], first_ties=False)
 
-    return check
+    def _wrong(self, indices: list[Tensor], first_ties: bool) -> str | None:
+        if self.proven is not None and len(indices) == len(self.proven):
+            if all(map(torch.equal, indices, self.proven)):
+                return None
+        return check_topk(self.tensors, indices, self.k, first_ties=first_ties)
 
 
 def torch_topk(flat: Tensor, k: int) -> Tensor:
@@ -120,14 +129,16 @@ def ours(scores: Any, k: int, algorithm: str = "auto") -> Callable[[], Any]:
     return lambda: piece_ops.select_topk(scores, k, algorithm=algorithm)
 
 
-SECONDS = 1.5  # of the timed calls of one peer
+SECONDS = 1.0  # of the timed calls of one peer
 
 
 class Peers:
     """The other ways to take k of one array, each with what it needs to be made or refused."""
 
     def __init__(self, flat: Tensor, k: int) -> None:
-        self.flat, self.k, self.right = flat, k, check_set(flat, k)
+        self.flat, self.k = flat, k
+        self.check = Check([flat], k)
+        self.right = self.check.others
 
     def topk(self) -> Peer:
         def run() -> Tensor:
@@ -154,9 +165,6 @@ class Peers:
     def nth_element(self) -> Peer:
         run = partial(std_nth_element, self.flat, self.k)
         return Peer("std::nth_element + scan", run, self.right, prepare=nth_element_library)
-
-    def usual(self) -> list[Peer]:
-        return [self.topk(), self.argpartition(), self.partition()]
 
 
 @lru_cache(maxsize=1)
@@ -185,11 +193,14 @@ def std_nth_element(flat: Tensor, k: int) -> Tensor:
     return found
 
 
-def ours_both(x: Tensor, k: int) -> list[Peer]:
+def all_ways(x: Tensor, k: int, *more: Callable[[Peers], Peer]) -> list[Peer]:
+    """Reads, ours, the usual three and others."""
+    peers = Peers(x, k)
     return [
         *floors([x]),
-        Peer(OURS, ours(x, k), check_ours([x], k), "ours"),
-        Peer(RADIX, ours(x, k, "radix"), check_ours([x], k), "ours"),
+        Peer(OURS, ours(x, k), peers.check.ours, "ours"),
+        Peer(RADIX, ours(x, k, "radix"), peers.check.ours, "ours"),
+        *(way(peers) for way in (Peers.topk, Peers.argpartition, Peers.partition, *more)),
     ]
 
 
@@ -200,12 +211,10 @@ def case(n: int, k: int, peers: list[Peer], targets: list[Target]) -> Case:
 def main_row(make: Callable[[int], Tensor], n: int) -> Case:
     """One float32 array, k = 0.1 %, all peers that end in a few seconds."""
     x, k = make(n), n // 1000
-    others = Peers(x, k)
-    peers = [*ours_both(x, k), *others.usual()]
-    if n < 2e8:
-        peers.append(others.kthvalue())  # 10 s at 5e8
+    more = [Peers.kthvalue] if n < 2e8 else []  # 10 s at 5e8
     if n != LARGE:
-        peers.append(others.nth_element())
+        more.append(Peers.nth_element)
+    peers = all_ways(x, k, *more)
     targets = [Target("extra memory / scores", extra_share(OURS, x.nbytes), 5.0, True, unit="%")]
     if n >= 1e8:  # below, the scores stay in the cache
         faster = 50.0 if n > 2e8 else 10.0
@@ -222,7 +231,7 @@ def main_row(make: Callable[[int], Tensor], n: int) -> Case:
 
 def other_density(n: int, density: float) -> Case:
     x, k = gaussian_squared(n), int(n * density)
-    return case(n, k, [*ours_both(x, k), *Peers(x, k).usual()], [])
+    return case(n, k, all_ways(x, k), [])
 
 
 def hostile(make: Callable[[int], Tensor], n: int) -> Case:
@@ -230,7 +239,7 @@ def hostile(make: Callable[[int], Tensor], n: int) -> Case:
     x = make(n)
     k = x.numel() // 1000
     targets = [Target("time / one read of the scores", over_floor(OURS), 4.0, at_most=True)]
-    return case(x.numel(), k, [*ours_both(x, k), *Peers(x, k).usual()], targets)
+    return case(x.numel(), k, all_ways(x, k), targets)
 
 
 def fisher(n: int) -> Tensor:
@@ -258,21 +267,17 @@ def piece_s(n: int) -> Case:
         np.sqrt(root, out=root)
         return sums.abs().div_(torch.from_numpy(root))
 
-    def right(top: Any) -> str | None:
-        is_ours = not isinstance(top, Tensor)
-        indices = top.indices if is_ours else top.sort().values
-        return check_topk([materialise()], [indices], k, first_ties=is_ours)
-
+    check = Check([materialise()], k)
     peers = [
         *floors([sums, squares]),
-        Peer(OURS, ours(score, k), right, "ours", note="fused"),
+        Peer(OURS, ours(score, k), check.ours, "ours", note="fused"),
         Peer(
             "piece_ops, score array first",
             lambda: piece_ops.select_topk(materialise(), k),
-            right,
+            check.ours,
             "ours",
         ),
-        Peer("torch: score array, topk", lambda: torch_topk(materialise(), k), right),
+        Peer("torch: score array, topk", lambda: torch_topk(materialise(), k), check.others),
     ]
     targets = [Target("time / one read of both", over_floor(OURS), 1.5, at_most=True)]
     return Case("select_topk", "fp32", n, 8 * n, peers, targets, k=k, peer_seconds=SECONDS)
@@ -283,15 +288,16 @@ def many_tensors(shapes: list[tuple[int, ...]]) -> Case:
     n = count_elements(shapes)
     flat, k = gaussian_squared(n), n // 1000
     parts = split_like(flat, shapes)
-    one = "piece_ops, as one tensor"
+    one, check = "piece_ops, as one tensor", Check([flat], k)
+    note = f"{len(parts)} tensors"
     peers = [
         *floors([flat]),
-        Peer(OURS, ours(parts, k), check_ours(parts, k), "ours", note=f"{len(parts)} tensors"),
-        Peer(one, ours(flat, k), check_ours([flat], k), "ours"),
+        Peer(OURS, ours(parts, k), Check(parts, k).ours, "ours", note=note),
+        Peer(one, ours(flat, k), check.ours, "ours"),
         Peer(
             "torch.cat + torch.topk",
             lambda: torch_topk(torch.cat([p.flatten() for p in parts]), k),
-            check_set(flat, k),
+            check.others,
         ),
     ]
     targets = [Target("time / as one tensor", time_ratio(OURS, one), 1.3, at_most=True)]

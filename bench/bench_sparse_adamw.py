@@ -134,7 +134,17 @@ def adamw(shapes: list[tuple[int, ...]], density: float) -> Case:
         Target("state", state_bytes("exp_avgs", "exp_avg_sqs"), 8, at_most=True, unit="B"),
         Target("master copy", state_bytes("values"), 4, at_most=True, unit="B"),
     ]
-    return Case("sparse_adamw_", "fp32", n, 40 * k, peers, targets, k=k, tensors=len(shapes))
+    return Case(
+        "sparse_adamw_",
+        "fp32",
+        n,
+        40 * k,
+        peers,
+        targets,
+        peer_seconds=2,
+        k=k,
+        tensors=len(shapes),
+    )
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:

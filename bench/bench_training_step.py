@@ -12,6 +12,8 @@ forward, backward and update each make on top. Forward and backward are watched 
 beside those of the same model frozen: a storage that has no counterpart of its size there counts,
 also where the logits are far larger, until it is freed. Copies of columns of an input, which
 backward needs in place of the input, count as activations.
+
+The coordinates are chosen by the float32 model, once for both dtypes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ MASKED = "torch: mask gradients, AdamW(fused)"
 PARTLY = "the same, unselected tensors frozen"
 FROZEN = "forward, gradients of inputs only"
 RATES = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+SECONDS = 3.0  # of the timed calls of one peer
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -150,6 +153,16 @@ def unmatched_peak(plain: Allocations, phase: Callable[[], None], model: nn.Modu
     return seen.peak
 
 
+@lru_cache(maxsize=1)
+def chosen(
+    quick: bool, method: str, embeddings: bool, size: tuple[int, int]
+) -> piece_ops.Selection:
+    ids = token_ids(quick, *size)
+    data = {"input_ids": ids, "labels": ids}
+    model = load(quick, torch.float32)
+    return piece_ops.estimate(model, [data], method, density=1e-3, embeddings=embeddings)
+
+
 def step_case(
     quick: bool, dtype: torch.dtype, method: str, embeddings: bool, size: tuple[int, int]
 ) -> Case:
@@ -160,7 +173,7 @@ def step_case(
     weights = [p.detach() for p in base.parameters()]
     ids = token_ids(quick, *size)
     data = {"input_ids": ids, "labels": ids}
-    selection = piece_ops.estimate(base, [data], method, density=1e-3, embeddings=embeddings)
+    selection = chosen(quick, method, embeddings, size)
     names = {name for name, _ in base.named_parameters()} - set(selection.indices)
     with torch.no_grad():
         want = float(base(**data).loss)
@@ -202,9 +215,8 @@ def step_case(
         Target("time of a step / with masks, partly frozen", time_ratio(OURS, PARTLY), 0.72, True),
         Target("memory beyond weights and activations", share, 2, at_most=True, unit="%"),
     ]
-    return Case(
-        "training_step", str(dtype).removeprefix("torch."), total, 2 * total, peers, targets
-    )
+    name = str(dtype).removeprefix("torch.")
+    return Case("training_step", name, total, 2 * total, peers, targets, peer_seconds=SECONDS)
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:

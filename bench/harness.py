@@ -9,10 +9,10 @@ What is measured, and how:
   heap pages are handed back, the high-water mark of the resident set is reset, and what the mark
   rises above the resident set is the peer's scratch and result. A wrong peer is reported and not
   timed; a peer that cannot run is a row that says why.
-- Then one more call to warm up, and timed rounds: every round calls every peer once, so that a
-  slow phase of the machine hits all alike. Median, 20th and 80th percentile. A peer gets as many
-  rounds as fit into a few seconds; one whose first call took longer than these is not called
-  again: that call is its time. Each row has its count.
+- Then one more call to warm up (not where the first took a second), and timed rounds: every round
+  calls every peer once, so that a slow phase of the machine hits all alike. Median, 20th and 80th
+  percentile. A peer gets as many rounds as fit into a few seconds; one whose first call took longer
+  than these is not called again: that call is its time. Each row has its count.
 - A row says how many bytes its op must move, hence GB/s, and the share of the bandwidth that the
   best floor of the same case and run reached.
 """
@@ -30,6 +30,10 @@ from typing import Any, Literal, TypeVar
 
 Role = Literal["ours", "peer", "floor", "bound"]
 MOST_ROUNDS = 11
+LONG = 1.0  # seconds of a call after which another one only to warm up is too dear
+# Of the machine's memory, by one run. A machine without swap ends the process that asks for the
+# last of it, and with that a run of minutes.
+MOST_MEMORY = 0.7
 T = TypeVar("T")
 
 
@@ -130,10 +134,16 @@ def _status_bytes(name: str) -> int:
     raise Absent(f"/proc/self/status has no {name}")
 
 
+def hand_back() -> None:
+    """Give the system what was freed: the allocator keeps it (`machine.GLIBC_TUNABLES`)."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _settle_memory() -> int:
     """Hand free pages back, reset the high-water mark; the resident bytes then."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    hand_back()
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
@@ -160,14 +170,22 @@ def timed(run: Callable[[], T]) -> Callable[[], tuple[T, float]]:
 
 
 def require_memory(n_bytes: float) -> None:
-    """Raise Absent if the machine has not this much memory to give."""
+    """Raise Absent if the machine has not this much memory to give, or not within `MOST_MEMORY`."""
     try:
         text = Path("/proc/meminfo").read_text()
-    except OSError:
+        held = _status_bytes("VmRSS")
+    except (OSError, Absent):
         return
-    free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    if free < n_bytes:
-        raise Absent(f"needs {n_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+    total, free = (
+        int(text.split(f"{name}:")[1].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable")
+    )
+    allowed = MOST_MEMORY * total - held
+    if min(free, allowed) < n_bytes:
+        raise Absent(
+            f"needs {n_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free and "
+            f"{max(allowed, 0) / 1e9:.1f} left of the {MOST_MEMORY * total / 1e9:.1f} that a run "
+            "may take"
+        )
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -221,7 +239,8 @@ def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: 
             row.times_ms.append(seconds * 1e3)
             counts.append(0)
         else:  # the first call also paid for page faults and state
-            seconds = min(seconds, _timed_call(peer))
+            if seconds < LONG:
+                seconds = min(seconds, _timed_call(peer))
             counts.append(_rounds(seconds, case.peer_seconds, quick))
     gc.collect()
     gc.disable()
@@ -283,6 +302,16 @@ def under_best(names: Sequence[str], name: str) -> Callable[[dict[str, Row]], fl
         times = [rows[n].p50_ms for n in names if n in rows and rows[n].times_ms]
         row = rows.get(name)
         return min(times) / row.p50_ms if times and row and row.times_ms else None
+
+    return measure
+
+
+def percent_of(name: str, other: str) -> Callable[[dict[str, Row]], float | None]:
+    """GB/s of one peer as percent of another's."""
+
+    def measure(rows: dict[str, Row]) -> float | None:
+        a, b = rows.get(name), rows.get(other)
+        return 100 * a.gb_per_s / b.gb_per_s if a and b and a.times_ms and b.times_ms else None
 
     return measure
 

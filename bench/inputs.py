@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
+DRAWN = 50_000_000  # numbers of one generator: 0.2 s
+
+
+def normal(n: int, seed: int = 0) -> Tensor:
+    """n normal numbers; 1e9 of them take 2.5 s of two threads. A smaller n gives the first ones."""
+    x = torch.empty(n)
+
+    def fill(part: tuple[int, Tensor]) -> None:
+        number, numbers = part
+        numbers.normal_(generator=torch.Generator().manual_seed(1000 * seed + number))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, enumerate(x.split(DRAWN))))
+    return x
+
 
 def gaussian_squared(n: int, seed: int = 0) -> Tensor:
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    x = normal(n, seed)
     return x.mul_(x)
 
 
 def lognormal(n: int, sigma: float = 4.0, seed: int = 0) -> Tensor:
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    return x.mul_(sigma).exp_()
+    return normal(n, seed).mul_(sigma).exp_()
 
 
 def all_equal(n: int) -> Tensor:

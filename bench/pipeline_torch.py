@@ -53,6 +53,8 @@ class Masking(Way):
         super().__init__(model)
         named = dict(model.named_parameters())
         self.candidates = {name: named[name] for name in named if "embed" not in name}
+        self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
         self.total = sum(weight.numel() for weight in named.values())
 
     def importance(self, batches: list[Batch]) -> None:
@@ -85,7 +87,7 @@ class Masking(Way):
         return split_positions(best, {n: w.numel() for n, w in self.candidates.items()})
 
     def set_up(self, chosen: Positions, folder: Path) -> None:
-        del self.sums, self.squares
+        self.sums, self.squares = {}, {}
         self.model.requires_grad_(False)
         self.trained = {name: self.candidates[name] for name in chosen}
         for weight in self.trained.values():
@@ -120,7 +122,7 @@ class Multiply(Masking):
 class Hooks(Multiply):
     """The same, each gradient masked as soon as it is there."""
 
-    name = HOOKS
+    name, chooses_like = HOOKS, MULTIPLY
     step = Way.step
 
     def prepare(self, chosen: Positions) -> None:
@@ -137,7 +139,7 @@ class Hooks(Multiply):
 class Gather(Masking):
     """Each dense gradient is read at the k_t positions and freed; AdamW of one flat parameter."""
 
-    name = GATHER
+    name, chooses_like = GATHER, MULTIPLY
     note = "saves positions and values; DDP reduces before its hooks"
 
     def prepare(self, chosen: Positions) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from bench.bench_training_step import n_bytes
-from bench.harness import Absent, Role, Row, measure_extra_bytes, timed
+from bench.harness import LONG, Absent, Role, Row, measure_extra_bytes, timed
 
 DENSITY = 1e-3
 Batch = dict[str, Tensor]
@@ -32,7 +32,8 @@ class Way:
     """One way from a model to its trained checkpoint.
 
     `importance`, `select` and `set_up` may be missing (None): then there is nothing of the kind.
-    `select` is called several times if `cheap_select`, else once.
+    `select` is called several times if `cheap_select`, else once. `chooses_like` names a way before
+    it that comes to its selection by the same code: what was measured there counts for both.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Way:
     importance: Callable[[list[Batch]], None] | None = None
     select: Callable[[Path], Positions] | None = None
     cheap_select = True
+    chooses_like = ""
     may_differ = False  # its choice is not that of piece-s in float32
     all_move = False  # no weight is to stay as it was
     same_first_loss = 1e-3  # relative, to the model's in float32
@@ -98,9 +100,10 @@ def wrong_moves(way: Way, base: nn.Module, chosen: Positions | None) -> str | No
         if name in way.whole:
             continue
         old = before[name].detach().to(weight.dtype)
-        moved = (weight.detach().view(-1) != old.view(-1)).nonzero().view(-1)
-        allowed = (chosen or {}).get(name, torch.empty(0, dtype=torch.int64))
-        if not torch.isin(moved, allowed).all():
+        moved = weight.detach().view(-1) != old.view(-1)
+        if chosen and name in chosen:
+            moved[chosen[name]] = False
+        if moved.any():
             return f"weights of {name} moved that were not selected"
     return None
 
@@ -137,6 +140,7 @@ class Measured:
         self.way = kind(copy.deepcopy(base))
         self.row = Row(self.way.name, self.way.role, "ok", 0, note=self.way.note)
         self.chosen: Positions | None = None
+        self.choice = "absent: no selection"  # how it came out
         self.losses: list[float] = []
         self.folder = tempfile.TemporaryDirectory()
 
@@ -160,14 +164,35 @@ class Measured:
         if extra is not None:
             figures[f"{name}_extra_bytes"] = extra
         if times > 1:
-            result, figures[f"{name}_ms"] = milliseconds(run, times)
+            result, figures[f"{name}_ms"] = milliseconds(run, times if seconds < LONG / 2 else 1)
         return result
 
-    def start(self, common: Positions | None) -> None:
-        """Up to the first steps; they use `common`, if given and the way may not differ."""
-        self._guarded(lambda: self._start(common))
+    def start(self, common: Positions | None, alike: Measured | None = None) -> None:
+        """Up to the first steps; they use `common`, if given and the way may not differ.
 
-    def _start(self, common: Positions | None) -> None:
+        `alike` has measured the selection for this way, too.
+        """
+        self._guarded(lambda: self._start(common, alike))
+
+    def _start(self, common: Positions | None, alike: Measured | None) -> None:
+        if alike is not None:
+            self.row.status, self.chosen = alike.choice, alike.chosen
+            phases = ("importance_", "select_", "same_positions")
+            shared = {k: v for k, v in alike.row.figures.items() if k.startswith(phases)}
+            self.row.figures.update(shared)
+            measured = f"importance and selection: as measured for {alike.way.name}"
+            self.row.note = "; ".join(filter(None, [self.row.note, measured]))
+        else:
+            self._choose(common)
+            self.choice = self.row.status
+        if self.is_right:
+            way, folder = self.way, Path(self.folder.name)
+            self._phase("set_up", lambda: way.set_up(self.chosen or {}, folder))
+            _, self.row.extra_bytes = measure_extra_bytes(
+                lambda: [self._step() for _ in range(WARM_UP)]
+            )
+
+    def _choose(self, common: Positions | None) -> None:
         way, folder = self.way, Path(self.folder.name)
         if way.importance:
             importance = way.importance
@@ -183,12 +208,6 @@ class Measured:
                     self.chosen = common
                     if same < 0.999:
                         self.row.status = f"wrong: {same:.4f} of the positions"
-                        return
-        chosen = self.chosen or {}
-        self._phase("set_up", lambda: way.set_up(chosen, folder))
-        _, self.row.extra_bytes = measure_extra_bytes(
-            lambda: [self._step() for _ in range(WARM_UP)]
-        )
 
     def _step(self) -> float:
         data = self.batches[len(self.losses) % len(self.batches)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, predicted
-from bench.__main__ import size
+from bench.__main__ import OPS, PLANNED, module_of, size
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -24,7 +24,12 @@ CaseKey = tuple[str, str]
 # What the README shows: these, and every target that is missed. Beginnings of case names; none: the
 # first case of the op.
 MAIN = {
-    "select_topk": ("Gaussian squared, n = 1e+08", "Gaussian squared, n = 5e+08", "PIECE-S"),
+    "select_topk": (
+        "Gaussian squared, n = 1e+08",
+        "Gaussian squared, n = 5e+08",
+        "Gaussian squared, n = 1e+09",
+        "PIECE-S",
+    ),
     "accumulate_squares_": (),
     "sparse_adamw_": (),
     "pipeline": (),
@@ -32,6 +37,7 @@ MAIN = {
     "training_step": (),
     "delta": (),
     "call_overhead": ("10 of 10,000 numbers, 1 thread",),
+    "scaling": ("select_topk against elements",),
 }
 
 
@@ -201,6 +207,8 @@ def page(cases: dict[CaseKey, list[Line]]) -> str:
         where(cases),
         "## Targets",
         targets_table(cases),
+        "## Time",
+        time_table(cases),
     ]
     drawn = {key: (file, what) for key, file, what, _ in plots.plots(cases)}
     op = ""
@@ -217,6 +225,24 @@ def page(cases: dict[CaseKey, list[Line]]) -> str:
                 "\n".join(["| | what | target | measured | |", "|---|---|---|---|---|", *own])
             )
     return "\n\n".join(parts) + "\n"
+
+
+def time_table(cases: dict[CaseKey, list[Line]]) -> str:
+    """How long `make bench` takes, by op."""
+    rows = ["| op | cases | seconds | planned |", "|---|---|---|---|"]
+    total = 0.0
+    for op, planned in PLANNED.items():
+        of_op = [lines for key, lines in cases.items() if key[0] == op]
+        seconds = sum(
+            line["seconds"] for lines in of_op for line in lines if line["kind"] == "case"
+        )
+        total += seconds
+        rows.append(f"| {op} | {len(of_op)} | {seconds:.0f} | {planned} |")
+    rows.append(f"| all | | {total:.0f} | {sum(PLANNED.values())} |")
+    said = (
+        "Of the cases on the CPU, inputs and checks included; `python -m bench --dry` lists them."
+    )
+    return "\n".join([said, "", *rows])
 
 
 def took(lines: list[Line]) -> str:
@@ -250,7 +276,17 @@ def pipeline_table(lines: list[Line]) -> str:
 def section(cases: dict[CaseKey, list[Line]]) -> str:
     """What stands between the markers of README.md."""
     pipelines = [pipeline_table(lines) for key, lines in cases.items() if key[0] == "pipeline"]
-    return "\n\n".join([*pipelines, targets_table(cases, False), where(cases)])
+    said = [targets_table(cases, False), where(cases), not_recorded(cases)]
+    return "\n\n".join(filter(None, [*pipelines, *said]))
+
+
+def not_recorded(cases: dict[CaseKey, list[Line]]) -> str:
+    """How many cases of each op on the CPU have no rows; empty if all have."""
+    counts = {
+        op: sum((op, name) not in cases for name, _ in module_of(op).cases(False)) for op in OPS
+    }
+    named = ", ".join(f"{count} of {op}" for op, count in counts.items() if count)
+    return f"Cases of `make bench` that are not recorded yet: {named}." if named else ""
 
 
 def agreement(cases: dict[CaseKey, list[Line]]) -> str:

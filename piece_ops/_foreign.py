@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from piece_ops._dlpack import (
+    MAX_VERSION,
     describe,
     tensor_from_cuda_array_interface,
     tensor_from_dlpack,
@@ -105,14 +106,22 @@ def _take_numpy(where: str, value: np.ndarray[Any, Any], is_written: bool) -> Te
     if not bits.flags.carray or bits.size == 1:  # one element is contiguous whatever its strides
         _check_layout(where, value, is_written)
     try:
-        # from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes.
-        tensor = torch.from_numpy(bits) if bits.flags.writeable else from_dlpack(bits)
+        tensor = torch.from_numpy(bits) if bits.flags.writeable else _view_read_only(bits)
     except (TypeError, ValueError, BufferError) as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
             f"{where} must be an array that PyTorch can take over, got dtype {value.dtype} with "
             f"strides of {value.strides} bytes: {error}"
         ) from error
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def _view_read_only(value: np.ndarray[Any, Any]) -> Tensor:
+    """from_numpy warns about read-only arrays; DLPack lets them through, and nothing writes."""
+    try:
+        capsule = value.__dlpack__(max_version=MAX_VERSION)
+    except TypeError:  # NumPy before 2.1
+        capsule = value.__dlpack__()
+    return from_dlpack(capsule)  # of the array itself it takes 2 us more
 
 
 def _check_layout(where: str, value: np.ndarray[Any, Any], is_written: bool) -> None:
@@ -154,25 +163,31 @@ def _take_jax(where: str, jax: Any, value: Any, is_written: bool) -> tuple[Tenso
             f"{where} is written and must be mutable, got a jax.Array, which is immutable; pass "
             "numpy.array(x) or a PyTorch tensor and convert it afterwards"
         )
+    view = None
     try:
         devices = value.devices()
-        is_on_cpu = all(device.platform == "cpu" for device in devices)
-        # A view of the same memory, read-only; waits until it is computed.
-        view = np.asarray(value) if is_on_cpu and len(devices) == 1 else None
+        if len(devices) == 1:
+            (device,) = devices
+            if device.platform == "cpu":
+                # A view of the same memory, read-only; waits until it is computed.
+                view = np.asarray(value)
     except (TypeError, RuntimeError) as error:  # a random key; a deleted array
         raise TypeError(f"{where} must be an array in memory, got {error}") from error
     if len(devices) != 1:
         raise ValueError(f"{where} must be on one device, got a jax.Array over {len(devices)}")
-    give_back = partial(_give_to_jax, where, jax, value, devices if is_on_cpu else None)
+    give_back = partial(_give_to_jax, where, jax, value, None if view is None else devices)
     if view is None:
         return tensor_from_dlpack(where, value, is_written=False), give_back
+    if view.dtype in PLAIN and view.flags.c_contiguous:  # what XLA makes is aligned
+        return _view_read_only(view), give_back
     return _take_numpy(where, view, False), give_back
 
 
 def _give_to_jax(where: str, jax: Any, value: Any, cpu: set[Any] | None, tensor: Tensor) -> Any:
     """``cpu``: the devices of value, if that is one CPU."""
     # Without x64 JAX has no int64 and keeps the lower half, an int32; right if nothing is above.
-    if value.size > INT32_MAX + 1 and tensor.dtype == torch.int64 and not jax.config.jax_enable_x64:
+    is_positions = tensor.dtype == torch.int64
+    if is_positions and value.size > INT32_MAX + 1 and not jax.config.jax_enable_x64:
         raise ValueError(
             f"{where} must have at most {INT32_MAX + 1} elements (JAX without x64 has int32 "
             f"positions only), got {value.size}; call "
@@ -180,8 +195,9 @@ def _give_to_jax(where: str, jax: Any, value: Any, cpu: set[Any] | None, tensor:
         )
     if cpu is None:
         result = jax.dlpack.from_dlpack(tensor)
-    else:  # by NumPy: 10 us, DLPack takes 20
-        result = jax.numpy.asarray(_give_to_numpy(value.dtype, tensor))
+    else:
+        array = tensor.numpy() if is_positions else _give_to_numpy(value.dtype, tensor)
+        result = _numpy_to_jax(jax, array)
         if result.devices() != cpu:
             result = jax.device_put(result, value.sharding)
     if tensor.is_floating_point() and result.dtype.itemsize != tensor.element_size():
@@ -190,6 +206,39 @@ def _give_to_jax(where: str, jax: Any, value: Any, cpu: set[Any] | None, tensor:
             'jax.config.update("jax_enable_x64", True) first'
         )
     return result
+
+
+# Results of one shape and dtype so far; from so many on, and up to this size, by a compiled copy.
+_given: dict[tuple[tuple[int, ...], Any], int] = {}
+OFTEN, SMALL, SHAPES = 256, 10_000, 4096
+
+
+def _numpy_to_jax(jax: Any, array: np.ndarray[Any, Any]) -> Any:
+    """An array of JAX on its default device.
+
+    device_put: 30 us (by DLPack 45). jax.numpy.asarray: 15 us, but 20 ms at every new shape, for
+    which it compiles a copy (0.10), and the parts of a selection have a new one each. So only a
+    shape that comes again and again gets a compiled copy: 10 us.
+    """
+    if array.size > SMALL or jax.config.jax_disable_jit:
+        return jax.device_put(array)
+    key = array.shape, array.dtype
+    times = _given.get(key, 0)
+    if times >= OFTEN:
+        return _compiled_copy(jax)(array)
+    if len(_given) >= SHAPES:
+        _given.clear()
+    _given[key] = times + 1
+    return jax.device_put(array)
+
+
+@lru_cache(maxsize=1)
+def _compiled_copy(jax: Any) -> Callable[[Any], Any]:
+    def same(x: Any) -> Any:
+        return x
+
+    compiled: Callable[[Any], Any] = jax.jit(same)
+    return compiled
 
 
 # ---- any other library ---------------------------------------------------------------------------

@@ -126,11 +126,12 @@ def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return Peer(name, work)
 
-    peers = [peer("slow", 5.0), peer("middling", 1.5), peer("fast", 0.01)]
+    peers = [peer("slow", 5.0), peer("long", 1.5), peer("middling", 0.9), peer("fast", 0.01)]
     rows = harness.run_case(case(*peers, seconds=4.0), quick=False)
     # One call to check and measure memory, one to warm up, then what fits into four seconds.
-    assert calls == {"slow": 1, "middling": 2 + 2, "fast": 2 + harness.MOST_ROUNDS}
-    assert [len(row.times_ms) for row in rows] == [1, 2, harness.MOST_ROUNDS]
+    most = harness.MOST_ROUNDS
+    assert calls == {"slow": 1, "long": 1 + 2, "middling": 2 + 4, "fast": 2 + most}
+    assert [len(row.times_ms) for row in rows] == [1, 2, 4, most]
     assert rows[0].p50_ms == pytest.approx(5000)
 
 
@@ -138,6 +139,21 @@ def test_memory_that_is_not_there() -> None:
     harness.require_memory(0)
     with pytest.raises(Absent, match=r"needs 1000000000\.0 GB of memory"):
         harness.require_memory(1e18)
+
+
+def test_all_cases_are_planned_to_end_in_a_quarter_of_an_hour(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert set(bench.PLANNED) == set(bench.OPS)
+    assert sum(bench.PLANNED.values()) <= 800
+    bench.list_cases(bench.parse(["total", "gather", "--dry"]))
+    out = capsys.readouterr().out
+    assert "total: 1 cases" in out and "  135 M, 272 tensors" in out
+    assert f"{bench.PLANNED['total'] + bench.PLANNED['gather']} s planned" in out
+    cases = {("total", "a"): [{"kind": "case", "seconds": 2.4}], ("total, CUDA", "b"): []}
+    table = report.time_table(cases).splitlines()
+    assert f"| total | 1 | 2 | {bench.PLANNED['total']} |" in table
+    assert table[-1] == f"| all | | 2 | {sum(bench.PLANNED.values())} |"
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -221,6 +237,19 @@ def test_every_sweep_runs(name: str) -> None:
     assert all(line["predicted_ms"] > 0 for line in lines if line["role"] == "ours")
 
 
+def test_large_places_have_the_promises_of_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_scaling, "DRAWN", 20_000)
+    for op, text in (("select_topk", "time / one read"), ("accumulate_squares_", "bandwidth / a")):
+        places = [bench_scaling.Place(n) for n in (10_000, 20_000)]
+        made = bench_scaling.sweep(op, places)
+        rows = {row.peer: row for row in harness.run_case(made, quick=True)}
+        (target,) = made.targets
+        assert target.text.startswith(text) and target.text.endswith(", 20,000")
+        got = target.measure(rows)
+        assert got is not None and got > 0
+        assert target.measure({}) is None
+
+
 def test_sweeps_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once they have had their time, large places are rows that say so; small ones still run."""
     monkeypatch.setattr(bench_scaling, "BUDGET", 0.0)
@@ -278,6 +307,15 @@ def test_plots_of_a_sweep_and_of_a_pipeline(tmp_path: Path) -> None:
     assert plots.phase_seconds(ways[0])["steps"] == pytest.approx(0.04)
     readme = report.section(cases)
     assert "| **piece_ops** | 1 ms | 2 ms | 1 B | 2 B | 3 B |" in readme
+
+
+def test_the_readme_says_what_is_not_recorded() -> None:
+    names = [(op, name) for op in bench.OPS for name, _ in bench.module_of(op).cases(False)]
+    every: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in names}
+    assert report.not_recorded(every) == ""
+    for op, name in names[:2] + names[-1:]:
+        del every[op, name]
+    assert "yet: 2 of select_topk, 1 of scaling." in report.not_recorded(every)
 
 
 def test_the_readme_shows_main_targets_and_every_miss() -> None:

@@ -115,6 +115,34 @@ def test_results_stay_on_the_device() -> None:
     assert top.indices[0].devices() == x.devices() != top.indices[1].devices()
 
 
+def test_a_shape_that_comes_again_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New shapes never are: that takes 20 ms, and parts of a selection have new ones each time."""
+    compiled = _foreign._compiled_copy
+    taken: list[int] = []
+
+    def counted(module: Any) -> Any:
+        taken.append(1)
+        return compiled(module)
+
+    monkeypatch.setattr(_foreign, "_compiled_copy", counted)
+    monkeypatch.setattr(_foreign, "_given", {})
+    monkeypatch.setattr(_foreign, "OFTEN", 3)
+    monkeypatch.setattr(_foreign, "SHAPES", 40)
+    x = draw(50)
+    want = np.argsort(-np.asarray(x), kind="stable")
+    for k in range(1, 51):  # more shapes than are remembered
+        assert piece_ops.select_topk(x, k).indices.tolist() == sorted(want[:k])
+    assert not taken and len(_foreign._given) == 10
+    for number in range(6):
+        index = piece_ops.select_topk(x, 5).indices
+        assert isinstance(index, jax.Array) and index.devices() == x.devices()
+        assert index.dtype == "int32" and index.tolist() == sorted(want[:5])
+        assert len(taken) == max(0, number - 2)
+    with jax.disable_jit():  # would give back the NumPy array
+        assert isinstance(piece_ops.select_topk(x, 5).indices, jax.Array)
+    assert len(taken) == 3
+
+
 @pytest.mark.parametrize("argument", ["targets", "square_sums", "weights", "values"])
 def test_written_arrays_are_refused_and_unchanged(argument: str) -> None:
     """DLPack would hand them over as writable."""
