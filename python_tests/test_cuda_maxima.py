@@ -49,13 +49,13 @@ def emulated(extension: ModuleType) -> Iterator[EmulatedRuntime]:
 def selections(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """The maxima that each selection was given."""
     seen: list[list[Tensor]] = []
-    select = cuda_select_topk.select_topk_by_maxima
+    plan_of = cuda_select_topk._plan_of
 
-    def watched(*arguments: Any) -> Any:
+    def watched(place: Any, *arguments: Any) -> Any:
         seen.append(arguments[9])
-        return select(*arguments)
+        return plan_of(place, *arguments)
 
-    monkeypatch.setattr(cuda_select_topk, "select_topk_by_maxima", watched)
+    monkeypatch.setattr(cuda_select_topk, "_plan_of", watched)
     return seen
 
 
