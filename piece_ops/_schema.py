@@ -164,6 +164,12 @@ def check_accumulate_squares_(
             check_tensors(op, argument, accumulators, (torch.float32,))
             check_same_numel(op, argument, accumulators, "grads", grads)
     check_same_device(op, square_sums, grads, sums)
+    check_weight(weight)
+
+
+def check_weight(weight: float) -> None:
+    """Of accumulate_squares_."""
+    op = "accumulate_squares_"
     if not 0 < weight < float("inf"):
         raise ValueError(f"piece_ops.{op}: weight must be positive and finite, got {weight}")
 

@@ -23,7 +23,7 @@ from piece_ops import backends as backends  # registers the implementations
 from piece_ops._arrays import Arrangement
 from piece_ops._foreign import as_tensor, torch_dtype
 from piece_ops._topk import Score, TopK
-from piece_ops.backends import cuda_maxima, cuda_select_topk
+from piece_ops.backends import cuda, cuda_maxima, cuda_select_topk
 from piece_ops.backends.cuda_maxima import ChunkMaxima
 
 Array = Any  # of any library
@@ -138,15 +138,16 @@ def select_topk(
         if maxima is not None and scope == "global" and cuda_maxima.takes(given.tensors):
             known = maxima.of(given.tensors, second, kind, constant)
         if known:
-            results = cuda_select_topk.select_topk_by_maxima(*arguments, known)
+            found: cuda_select_topk.Found | None = cuda_select_topk.select(*arguments, known)
         else:
-            results = _ops.select_topk(*arguments)
-        indices, counts, thresholds, ties = results
-        parts = given.split(indices, counts.tolist())
-        numbers = thresholds.tolist(), ties.tolist()
+            found = cuda_select_topk.select_known(*arguments)
+        if found is None:
+            indices, *numbers = _ops.select_topk(*arguments)
+            found = cuda_select_topk.Found(indices, *(x.tolist() for x in numbers))
+        parts = given.split(found.indices, found.counts)
     if scope == "global":
-        return TopK(parts, numbers[0][0], numbers[1][0])
-    return TopK(parts, *map(given.rebuild, numbers))
+        return TopK(parts, found.thresholds[0], found.ties_kept[0])
+    return TopK(parts, given.rebuild(found.thresholds), given.rebuild(found.ties_kept))
 
 
 def _counts(k: int | Sequence[int], scope: str, given: Arrangement) -> list[int]:
@@ -245,7 +246,7 @@ def accumulate_squares_(
     with given.naming_errors():
         if maxima is not None and cuda_maxima.takes(given.tensors):
             maxima.accumulate(squares, given.tensors, totals, factor)
-        else:
+        elif not cuda.accumulate_known(squares, given.tensors, totals, factor):
             _ops.accumulate_squares_(squares, given.tensors, totals, factor)
 
 

@@ -49,13 +49,13 @@ def emulated(extension: ModuleType) -> Iterator[EmulatedRuntime]:
 def selections(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """The maxima that each selection was given."""
     seen: list[list[Tensor]] = []
-    select = cuda_select_topk.select_topk_by_maxima
+    plan_of = cuda_select_topk._plan_of
 
-    def watched(*arguments: Any) -> Any:
+    def watched(place: Any, *arguments: Any) -> Any:
         seen.append(arguments[9])
-        return select(*arguments)
+        return plan_of(place, *arguments)
 
-    monkeypatch.setattr(cuda_select_topk, "select_topk_by_maxima", watched)
+    monkeypatch.setattr(cuda_select_topk, "_plan_of", watched)
     return seen
 
 
@@ -137,6 +137,36 @@ def test_maxima_fit_only_what_they_were_made_for(emulated: Any, rng: torch.Gener
     assert not maxima.of(squares, [], "plain", 0.0)
 
 
+@pytest.mark.parametrize("kind", ["plain", "piece-s"])
+def test_lists_and_parts_of_them_in_turn(
+    emulated: Any, selections: Any, kind: str, rng: torch.Generator
+) -> None:
+    """All tensors, one of them, some in another order: what was left last is what counts."""
+    squares, sums = accumulators(rng)
+    maxima = ChunkMaxima(kind, constant=0.5 if kind == "piece-s" else 0.0)
+    for order in ((0, 1, 2, 3), (0, 1, 2, 3), (2,), (3, 0), (0, 1, 2, 3), (0, 2), (0, 1, 2, 3)):
+        grads = gradients(rng)
+        lists = ([x[t] for t in order] for x in (squares, grads, sums))
+        piece_ops.accumulate_squares_(*lists, 0.5, maxima=maxima)
+        ranked = score(kind, squares, sums, 0.5)
+        want = piece_ops.select_topk(ranked, 60)
+        selections.clear()
+        got = piece_ops.select_topk(ranked, 60, maxima=maxima)
+        (used,) = selections
+        assert len(used) == 4 and all(bool(x.isfinite().all()) for x in used), order
+        for a, b in zip(got.indices, want.indices, strict=True):
+            assert_bits_equal(a, b, f"{kind} {order}")
+
+
+def test_maxima_go_with_their_statistics(emulated: Any, rng: torch.Generator) -> None:
+    squares, _ = accumulators(rng)
+    maxima = ChunkMaxima()
+    piece_ops.accumulate_squares_(squares, gradients(rng), maxima=maxima)
+    assert maxima.of(squares, [], "plain", 0.0)
+    squares.clear()
+    assert not maxima._entries and maxima._lists is None
+
+
 def test_what_maxima_need(emulated: Any) -> None:
     with pytest.raises(ValueError, match=r"kind must be one of .*got 'random'"):
         ChunkMaxima("random")
@@ -148,7 +178,7 @@ def test_what_maxima_need(emulated: Any) -> None:
 def test_on_the_cpu_they_do_nothing() -> None:
     maxima, squares = ChunkMaxima(), torch.zeros(64)
     piece_ops.accumulate_squares_(squares, torch.arange(64.0), maxima=maxima)
-    assert not maxima._entries
+    assert not maxima._entries and maxima._lists is None
     assert piece_ops.select_topk(squares, 1, maxima=maxima).indices.tolist() == [63]
 
 

@@ -222,6 +222,7 @@ void bind_sampled_weight_grad(py::module_& m) {
 void bind_cuda(py::module_& m) {
   m.attr("cuda_architectures") = py::tuple(py::cast(cuda::built_architectures()));
   bind_device(m);
+  bind_cuda_look(m);
   bind_accumulate_squares(m);
   bind_slots(m);
   bind_total(m);

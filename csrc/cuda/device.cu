@@ -114,6 +114,13 @@ void write_table(const Context& context, const Table& table, int64_t* words) {
   }
 }
 
+void read_words(const Context& context, const int64_t* from, int64_t count, int64_t* to) {
+  use_device(context);
+  PIECE_OPS_CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(count) * sizeof(int64_t),
+                                       cudaMemcpyDeviceToHost, stream_of(context)));
+  PIECE_OPS_CUDA_CHECK(cudaStreamSynchronize(stream_of(context)));
+}
+
 void check_indices(const Context& context, const DeviceTable& table, int64_t* report) {
   use_device(context);
   // 0x7f in each byte: above every slot number there is.

@@ -23,8 +23,10 @@ from piece_ops._schema import register
 from piece_ops.backends import _cuda_runtime
 from piece_ops.backends._cuda_runtime import (
     Place,
+    Recall,
     check_indices,
     is_checked,
+    may_know,
     place_of,
     table_of,
 )
@@ -61,7 +63,8 @@ def _raise_for_skipped_replays(place: Place) -> None:
 def accumulate_squares_(
     square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
 ) -> None:
-    accumulate(square_sums, grads, sums, weight)
+    if (recall := _accumulate_checked(square_sums, grads, sums, weight)[1]) is not None:
+        recall.remember()
 
 
 def accumulate(
@@ -77,10 +80,49 @@ def accumulate(
     Two int64: the first tensor that is not finite (past the last: none), and its count of elements
     that are not (0). Not for a capture, where there is no report.
     """
-    _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
-    report = _accumulate(square_sums, grads, sums, weight, deferred=deferred)
+    return _accumulate_checked(square_sums, grads, sums, weight, deferred=deferred)[0]
+
+
+def _accumulate_checked(
+    square_sums: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    *,
+    deferred: bool = False,
+) -> tuple[Tensor | None, Recall | None]:
+    """The report, and the recall of lists that were seen for the first time."""
+    lists = (square_sums, grads, sums)
+    if not grads:
+        _schema.check_accumulate_squares_(*lists, weight)
+        return None, None
+    place = place_of("accumulate_squares_", grads[0])
+    recall = Recall(place, lists)
+    if recall.table is None:
+        _schema.check_accumulate_squares_(*lists, weight)
+    else:
+        _schema.check_weight(weight)
+    report = _accumulate(place, recall, *lists, weight, deferred=deferred)
     _schema.bump_versions(square_sums, sums)
-    return report
+    return report, recall if recall.table is None else None
+
+
+def accumulate_known(
+    square_sums: list[Tensor], grads: list[Tensor], sums: list[Tensor], weight: float
+) -> bool:
+    """``accumulate_squares_``, if these very tensors came before; else False, nothing is done."""
+    lists = (square_sums, grads, sums)
+    if not may_know((square_sums or grads)[0]):
+        return False
+    place = place_of("accumulate_squares_", grads[0])
+    recall = Recall(place, lists)
+    if not recall.knows_each:
+        return False
+    _schema.check_weight(weight)
+    _accumulate(place, recall, *lists, weight)
+    torch.autograd.graph.increment_version(square_sums)
+    torch.autograd.graph.increment_version(sums)
+    return True
 
 
 def has_captured(tensor: Tensor) -> bool:
@@ -117,9 +159,45 @@ def accumulate_squares_and_maxima_(
     deferred : bool
         As in `accumulate`.
     """
-    _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
     op = "accumulate_squares_"
     _schema.check_name(op, "score", score, MAXIMA_SCORES)
+    code = _schema.SCORE_CODES[score]
+    if not grads:
+        _check_maxima(square_sums, grads, sums, weight, maxima, second)
+        return None
+    place = place_of(op, grads[0])
+    recall = Recall(place, (square_sums, grads, sums, maxima, second), code)
+    if recall.table is None:
+        _check_maxima(square_sums, grads, sums, weight, maxima, second)
+    else:
+        _schema.check_weight(weight)
+    report = _accumulate(
+        place,
+        recall,
+        square_sums,
+        grads,
+        sums,
+        weight,
+        maxima,
+        code,
+        second,
+        constant,
+        deferred=deferred,
+    )
+    _schema.bump_versions(square_sums, sums, maxima)
+    return report
+
+
+def _check_maxima(
+    square_sums: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    weight: float,
+    maxima: list[Tensor],
+    second: Sequence[Tensor],
+) -> None:
+    op = "accumulate_squares_"
+    _schema.check_accumulate_squares_(square_sums, grads, sums, weight)
     _schema.check_same_count(op, len(grads), maxima=maxima)
     _schema.check_tensors(op, "maxima", maxima, (torch.float32,))
     _schema.check_same_device(op, grads, maxima, list(second))
@@ -133,15 +211,11 @@ def accumulate_squares_and_maxima_(
         _schema.check_same_count(op, len(grads), second=second)
         _schema.check_tensors(op, "second", second, _schema.HALVES_AND_FLOAT)
         _schema.check_same_numel(op, "second", second, "grads", grads)
-    code = _schema.SCORE_CODES[score]
-    report = _accumulate(
-        square_sums, grads, sums, weight, maxima, code, second, constant, deferred=deferred
-    )
-    _schema.bump_versions(square_sums, sums, maxima)
-    return report
 
 
 def _accumulate(
+    place: Place,
+    recall: Recall,
     square_sums: list[Tensor],
     grads: list[Tensor],
     sums: list[Tensor],
@@ -153,9 +227,8 @@ def _accumulate(
     *,
     deferred: bool = False,
 ) -> Tensor | None:
-    if not any(map(Tensor.numel, grads)):
+    if recall.table is None and not any(map(Tensor.numel, grads)):
         return None
-    place = place_of("accumulate_squares_", grads[0])
     with place.guard:
         capturing = place.capturing
         if place.index not in _skipped_replays:
@@ -169,18 +242,20 @@ def _accumulate(
             _has_captured.add(place.index)
         else:
             _raise_for_skipped_replays(place)
-        columns = (
-            addresses(square_sums),
-            addresses(sums),
-            addresses(grads),
-            sizes(grads),
-            dtypes(grads),
-            addresses(maxima),
-            [score],
-            addresses(second),
-            dtypes(second),
-        )
-        table = table_of(place, _make_accumulate_table(place), *columns)
+        table = recall.table
+        if table is None:
+            columns = (
+                addresses(square_sums),
+                addresses(sums),
+                addresses(grads),
+                sizes(grads),
+                dtypes(grads),
+                addresses(maxima),
+                [score],
+                addresses(second),
+                dtypes(second),
+            )
+            table = table_of(place, _make_accumulate_table(place), *columns, key=recall.key)
         report = torch.empty(2, dtype=torch.int64, device=place.device)
         place.module.cuda_accumulate_squares(
             *table.pair,
@@ -195,7 +270,7 @@ def _accumulate(
             constant,
         )
         if not capturing and not deferred:
-            tensor, count = report.tolist()
+            tensor, count = place.read(report)
             if tensor < len(grads):
                 raise ValueError(
                     f"piece_ops.accumulate_squares_: grads[{tensor}] must be finite, got {count} "

@@ -8,6 +8,7 @@ and are returned on the host. Algorithm and traffic: ``csrc/cuda/select_topk.cu`
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,17 @@ from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops._schema import register
-from piece_ops.backends._cuda_runtime import Place, place_of, table_of
+from piece_ops.backends._cuda_runtime import (
+    Place,
+    Recall,
+    Table,
+    may_know,
+    place_of,
+    table_of,
+)
 from piece_ops.backends._lists import addresses, dtypes, sizes
 
+PLANS_KEPT = 8  # over one table: other k, constants and rules
 CHUNK = 32  # elements under one maximum
 FOUND, MISSED, NAN, BROKEN = range(4)  # csrc/include/piece_ops/ops/select_topk.h, TopkReport
 WAYS = ("sample", "maxima", "digits", "resample")  # numbered as TopkWay
@@ -39,6 +48,39 @@ class Report:
     check: int
 
 
+@dataclass
+class Found:
+    """What ``torch.ops.piece_ops.select_topk`` returns, on the host but for the positions."""
+
+    indices: Tensor
+    counts: list[int]
+    thresholds: list[float]
+    ties_kept: list[int]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as tensors."""
+        return (
+            self.indices,
+            torch.tensor(self.counts, dtype=torch.int64),
+            torch.tensor(self.thresholds, dtype=torch.float64),
+            torch.tensor(self.ties_kept, dtype=torch.int64),
+        )
+
+
+@dataclass
+class _Plan:
+    """A selection that was checked and laid out: over its table, nothing else can differ."""
+
+    selection: Any
+    table: Table
+    numels: list[int]
+    k: list[int]
+    by_tensor: bool
+    has_exclude: bool
+    ways: dict[int, list[int]]  # of each scope that `launch` is for
+    scratch_words: int  # of any scope's first way
+
+
 @register("select_topk", "CUDA")
 def select_topk(
     first: list[Tensor],
@@ -51,9 +93,15 @@ def select_topk(
     nan: str,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return select_topk_by_maxima(
-        first, second, k, exclude, score, constant, seed, nan, algorithm, []
-    )
+    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
+    if not first:
+        _schema.check_select_topk(*arguments)
+    place = place_of("select_topk", first[0])
+    plan, recall = _plan_of(place, *arguments, [])
+    results = _run(place, plan, exclude).tensors()
+    if recall is not None:
+        recall.remember()
+    return results
 
 
 def select_topk_by_maxima(
@@ -87,84 +135,185 @@ def select_topk_by_maxima(
     indices, counts, thresholds, ties_kept : Tensor
         The first on the device, the others on the host.
     """
-    op = "select_topk"
-    _schema.check_select_topk(first, second, k, exclude, score, constant, seed, nan, algorithm)
-    _check_maxima(first, maxima)
-    by_tensor = len(k) > 1
-    numels, excluded = sizes(first), sizes(exclude)
-    _schema.check_k(k, numels, excluded)
-    place = place_of(op, first[0])
+    return select(
+        first, second, k, exclude, score, constant, seed, nan, algorithm, maxima, ways
+    ).tensors()
+
+
+def select(
+    first: list[Tensor],
+    second: list[Tensor],
+    k: list[int],
+    exclude: list[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+    maxima: list[Tensor],
+    ways: list[str] | None = None,
+) -> Found:
+    """``select_topk_by_maxima`` whose small results are plain numbers."""
+    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
+    if not first:
+        _schema.check_select_topk(*arguments)
+    place = place_of("select_topk", first[0])
+    plan, _ = _plan_of(place, *arguments, maxima)
+    return _run(place, plan, exclude, ways)
+
+
+def select_known(
+    first: list[Tensor],
+    second: list[Tensor],
+    k: list[int],
+    exclude: list[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+) -> Found | None:
+    """`select` without maxima, if these very tensors came before; else None."""
+    if not may_know(first[0]):
+        return None
+    place = place_of("select_topk", first[0])
+    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
+    recall, of_table, key = _recall(place, *arguments, [])
+    if not recall.knows_each:
+        return None
+    plan, _ = _plan_of(place, *arguments, [], (recall, of_table, key))
+    return _run(place, plan, exclude)
+
+
+def _recall(
+    place: Place,
+    first: list[Tensor],
+    second: list[Tensor],
+    k: list[int],
+    exclude: list[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+    maxima: list[Tensor],
+) -> tuple[Recall, bool, Any]:
+    """The recall of a selection's lists; whether it is by tensor; the key of its plan."""
     if place.capturing:
         raise RuntimeError(
-            f"piece_ops.{op}: must be called outside a CUDA graph's capture, got a capturing "
+            f"piece_ops.{place.op}: must be called outside a CUDA graph's capture, got a capturing "
             "stream: the host reads the report to raise for NaN and to know the counts"
         )
-    call = place.module.CudaSelectTopk
-    words = place.module.TOPK_REPORT_WORDS
+    by_tensor = len(k) > 1
     if not by_tensor and len(first) == 1 and algorithm == "auto" and not maxima:
-        by_tensor = numels[0] <= place.module.SMALL_TOPK  # one launch, by one block
-    scopes = len(k)
+        by_tensor = first[0].numel() <= place.module.SMALL_TOPK  # one launch, by one block
+    # What the table depends on; k only where every tensor has its own row's.
+    of_table = (by_tensor, score, tuple(k) if by_tensor else ())
+    recall = Recall(place, (first, second, exclude, maxima), of_table)
+    return recall, by_tensor, (tuple(k), constant, seed, nan, algorithm)
+
+
+def _plan_of(
+    place: Place,
+    first: list[Tensor],
+    second: list[Tensor],
+    k: list[int],
+    exclude: list[Tensor],
+    score: str,
+    constant: float,
+    seed: int,
+    nan: str,
+    algorithm: str,
+    maxima: list[Tensor],
+    recalled: tuple[Recall, bool, Any] | None = None,
+) -> tuple[_Plan, Recall | None]:
+    """The plan that is kept, or a new one; with the recall if the lists were new."""
+    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
+    recall, by_tensor, key = recalled or _recall(place, *arguments, maxima)
+    table = recall.table
+    if table is not None and key in table.plans:
+        return table.plans[key], None
+    _schema.check_select_topk(*arguments)
+    _check_maxima(first, maxima)
+    numels, excluded = sizes(first), sizes(exclude)
+    _schema.check_k(k, numels, excluded)
+    columns: list[Sequence[int]] = [
+        addresses(first),
+        numels,
+        dtypes(first),
+        addresses(second),
+        dtypes(second),
+        addresses(exclude),
+        excluded,
+        addresses(maxima),
+    ]
+    code = _schema.SCORE_CODES[score]
+    rules = (nan == "lowest", _schema.ALGORITHM_CODES[algorithm])
+    selection = place.module.CudaSelectTopk(*columns, k, by_tensor, code, constant, seed, *rules)
     with place.guard:
-        columns: list[Sequence[int]] = [
-            addresses(first),
-            numels,
-            dtypes(first),
-            addresses(second),
-            dtypes(second),
-            addresses(exclude),
-            excluded,
-            addresses(maxima),
-            k,
-        ]
-        codes = (
-            by_tensor,
-            _schema.SCORE_CODES[score],
-            constant,
-            seed,
-            nan == "lowest",
-            _schema.ALGORITHM_CODES[algorithm],
-        )
-        selection = call(*columns, *codes)
-        indices = _empty(place, sum(k))
-        # The reports, then the counts: what the host reads, in one copy.
-        results = _empty(place, scopes * words + len(first))
-        if not any(k):
-            results.zero_()
-        # What the table depends on; k only where every tensor has its own row's.
-        key = [*columns[:8], k if by_tensor else [], [by_tensor, _schema.SCORE_CODES[score]]]
-        table = table_of(place, lambda *_: selection.table(), *key)
-        check = _check_excluded(place, selection) if any(excluded) else None
-        check_address = 0 if check is None else check.data_ptr()
-        at = results.data_ptr()
-        outputs = (at, indices.data_ptr(), at + 8 * scopes * words)
-        before = (table.words.data_ptr(), check_address)
+        of_table = [*columns, k if by_tensor else [], [by_tensor, code]]
+        made = table or table_of(place, lambda *_: selection.table(), *of_table, key=recall.key)
+    ways = {scope: list(selection.ways(scope)) for scope in selection.large_scopes()}
+    n_bytes = max((selection.scratch_bytes(s, tried[0]) for s, tried in ways.items()), default=0)
+    plan = _Plan(selection, made, numels, k, by_tensor, any(excluded), ways, (n_bytes + 7) // 8)
+    if recall.key is not None:
+        if len(made.plans) >= PLANS_KEPT:
+            made.plans.clear()
+        made.plans[key] = plan
+    return plan, recall if table is None else None
+
+
+def _run(place: Place, plan: _Plan, exclude: list[Tensor], ways: list[str] | None = None) -> Found:
+    """Launch, read the report, launch again what missed."""
+    selection, by_tensor = plan.selection, plan.by_tensor
+    scopes, words = len(plan.k), place.module.TOPK_REPORT_WORDS
+    with place.guard:
         where = place.where
+        # The reports, then the counts, which the host reads in one copy; then scratch.
+        n_results = scopes * words + len(plan.numels)
+        begin_scratch = (n_results + 1) // 2 * 2  # at a multiple of 16 bytes
+        memory = _empty(place, begin_scratch + plan.scratch_words)
+        results = memory[:n_results]
+        indices = _empty(place, sum(plan.k))
+        if not any(plan.k):
+            results.zero_()
+        check = _check_excluded(place, selection) if plan.has_exclude else None
+        check_address = 0 if check is None else check.data_ptr()
+        at = memory.data_ptr()
+        outputs = (at, indices.data_ptr(), at + 8 * scopes * words)
+        before = (plan.table.words.data_ptr(), check_address)
+        scratch_at = at + 8 * begin_scratch
         if by_tensor:
             selection.small_launch(*before, *outputs, *where)
-        pending = {scope: list(selection.ways(scope)) for scope in selection.large_scopes()}
+        pending = {scope: list(left) for scope, left in plan.ways.items()}
+        is_first = True
         while True:
             for scope, left in pending.items():
                 way = left.pop(0)
                 if ways is not None:
                     ways.append(WAYS[way])
-                scratch = _empty(place, (selection.scratch_bytes(scope, way) + 7) // 8)
-                selection.launch(scope, way, *before, scratch.data_ptr(), *outputs, *where)
+                scratch = None
+                if not is_first:
+                    scratch = _empty(place, (selection.scratch_bytes(scope, way) + 7) // 8)
+                    scratch_at = scratch.data_ptr()
+                selection.launch(scope, way, *before, scratch_at, *outputs, *where)
                 del scratch  # the allocator hands it out again in this stream's order
-            host = results.cpu()
-            reports = _reports(host, scopes, words)
+            is_first = False
+            numbers = place.read(results)
+            reports = _reports(numbers, scopes, words)
             pending = {s: left for s, left in pending.items() if reports[s].status == MISSED}
             if not pending:
                 break
             if not all(pending.values()):
-                raise RuntimeError(f"piece_ops.{op}: the digits' bound missed")
-    _raise_for(reports, check, exclude, numels, selection, by_tensor)
-    if not by_tensor and k == [0]:
+                raise RuntimeError(f"piece_ops.{place.op}: the digits' bound missed")
+    _raise_for(reports, check, exclude, plan.numels, selection, by_tensor)
+    if not by_tensor and plan.k == [0]:
         reports[0].threshold = float("inf")
-    return (
+    return Found(
         indices,
-        host[scopes * words :],
-        torch.tensor([report.threshold for report in reports], dtype=torch.float64),
-        torch.tensor([report.ties_kept for report in reports], dtype=torch.int64),
+        numbers[scopes * words :],
+        [report.threshold for report in reports],
+        [report.ties_kept for report in reports],
     )
 
 
@@ -198,13 +347,10 @@ def _check_excluded(place: Place, selection: Any) -> Tensor:
     return report
 
 
-def _reports(host: Tensor, scopes: int, words: int) -> list[Report]:
-    table = host.numpy()[: scopes * words].reshape(scopes, words)  # by NumPy: a call costs less
-    thresholds = table[:, 0].copy().view("float64").tolist()
-    return [
-        Report(threshold, *numbers)
-        for threshold, numbers in zip(thresholds, table[:, 1:].tolist(), strict=True)
-    ]
+def _reports(numbers: list[int], scopes: int, words: int) -> list[Report]:
+    parts = [numbers[begin : begin + words] for begin in range(0, scopes * words, words)]
+    thresholds = struct.unpack(f"{scopes}d", struct.pack(f"{scopes}q", *(x[0] for x in parts)))
+    return [Report(t, *x[1:]) for t, x in zip(thresholds, parts, strict=True)]
 
 
 def _raise_for(

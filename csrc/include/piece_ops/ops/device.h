@@ -20,6 +20,9 @@ void require_device(int device);
 // the write can be captured into a graph, since the words travel as kernel arguments.
 void write_table(const Context& context, const Table& table, int64_t* words);
 
+// Waits for the stream and copies a few words of the device's memory to the host.
+void read_words(const Context& context, const int64_t* from, int64_t count, int64_t* to);
+
 // Tables of gather, scatter and sparse_adamw only. report, on the device: where the first position
 // stands that is out of range or not above its predecessor; INT64_MAX: all are right.
 void check_indices(const Context& context, const DeviceTable& table, int64_t* report);
