@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 import piece_ops
@@ -18,7 +19,10 @@ from shared import ACCUMULATE, BATCH, CLIP, encode, latest, load, options, repor
 def main(argv: Sequence[str] | None = None) -> piece_ops.PieceModel:
     """Run it; returns the trained model."""
     args = options("Train 0.1 % of a model's weights under accelerate.").parse_args(argv)
-    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=ACCUMULATE)
+    # A step is ACCUMULATE batches, also where the data begin anew: by default accelerate would end
+    # it there, and a resumed run, which begins elsewhere, would step on other batches.
+    accumulation = GradientAccumulationPlugin(ACCUMULATE, sync_with_dataloader=False)
+    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_plugin=accumulation)
     base, tokenizer = load(args.model)
     rows, held_out = encode(tokenizer)[:-4], encode(tokenizer)[-4:]
     loader: Any = DataLoader(rows, BATCH, collate_fn=stack)  # type: ignore[arg-type]

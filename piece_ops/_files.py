@@ -110,7 +110,11 @@ def write_tensors(
     info: Mapping[str, Any],
 ) -> None:
     """Write `tensors` and `info` to `path` atomically; parent directories must exist."""
-    header = {"format": file_format, "version": str(version), "info": json.dumps(info)}
+    header = {
+        "format": file_format,
+        "version": str(version),
+        "info": json.dumps(info, separators=(",", ":")),
+    }
 
     def write(temporary: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Deltas among themselves and between models: diff, overlap, then, switching, records, tables."""
+"""Deltas among themselves and between models: diff, overlap, then, records, tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import piece_ops.delta.compare
-from piece_ops import Delta, PieceModel, TaskSwitch, diff
+from piece_ops import Delta, PieceModel, diff
 
-from helpers.deltas import same, select, snapshot, train
+from helpers.deltas import same, select, snapshot, train, two_tasks
 from helpers.tiny_models import MODELS, llama
 
 
@@ -95,20 +95,6 @@ def test_diff_refuses_other_models(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- overlap, then, switch
 
 
-def two_tasks(shared: bool) -> tuple[nn.Module, Delta, Delta, dict[str, torch.Tensor]]:
-    """Two deltas of one base, on the same coordinates or on others, and the base itself."""
-    model = llama()
-    base = snapshot(model)
-    first = train(model, seed=1, task="one")
-    first.revert_(model)
-    second = train(model, seed=1 if shared else 2, task="two")
-    second.revert_(model)
-    if shared:  # other values at half of them
-        name = "lm_head.weight"
-        second.values[name][::2] += 1.0
-    return model, first, second, base
-
-
 def test_overlap_counts_shared_and_conflicting_coordinates() -> None:
     _, first, second, _ = two_tasks(shared=True)
     found = first.overlap(second)
@@ -168,66 +154,6 @@ def test_then_wants_the_next_delta_of_the_stack_also_without_shared_coordinates(
     assert not first.overlap(beside).shared
     with pytest.raises(ValueError, match="got one made on the first one's own base"):
         first.then(beside)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_switching_between_tasks_on_a_live_model(shared: bool) -> None:
-    model, first, second, base = two_tasks(shared)
-    states = {None: base}
-    for task, delta in (("one", first), ("two", second)):
-        with delta.applied(model):
-            states[task] = snapshot(model)
-    tasks = TaskSwitch(model, {"one": first, "two": second})
-    for task in ("one", "two", "two", "one", None, "two", None, None):
-        tasks.switch_(task)
-        assert tasks.active == task and same(model, states[task])
-    with pytest.raises(KeyError, match=r"one of \['one', 'two'\] or None, got 'three'"):
-        tasks.switch_("three")
-
-
-def test_a_switch_checks_its_deltas_when_made() -> None:
-    model, first, _, _ = two_tasks(shared=False)
-    with first.applied(model), pytest.raises(ValueError, match="applied already"):
-        TaskSwitch(model, {"one": first})
-    with first.applied(model):
-        child = train(model, seed=4, density=1e-4, parent=first)
-        child.revert_(model)
-    with pytest.raises(ValueError, match=r"fingerprint|base values"):
-        TaskSwitch(model, {"one": first, "child": child})
-    with pytest.raises(ValueError, match=r"parameters .* got 1 that differ"):
-        TaskSwitch(model, {"one": train(llama(tied=True))})
-
-
-def test_a_switch_notices_what_others_did_to_the_weights() -> None:
-    model, first, second, base = two_tasks(shared=False)
-    tasks = TaskSwitch(model, {"one": first, "two": second})
-    tasks.switch_("one")
-    name, place = "lm_head.weight", int(first.indices["lm_head.weight"][0])
-    with torch.no_grad():
-        model.lm_head.weight.view(-1)[place] += 1.0
-    kept = snapshot(model)
-    with pytest.raises(
-        ValueError, match=rf"switch_: .* changed values .*in 1 tensors \({name!r}: 1 of"
-    ):
-        tasks.switch_("two")
-    assert same(model, kept) and tasks.active == "one"
-    with torch.no_grad():
-        model.lm_head.weight.view(-1)[place] -= 1.0
-        model.lm_head.weight.view(-1)[place] = first.values[name][0]
-    tasks.switch_("two")  # written, but the bits are right
-    tasks.switch_(None)
-    assert same(model, base)
-    wrapped = PieceModel(model, select(model))
-    with pytest.raises(ValueError, match="must keep the parameters"):
-        tasks.switch_("one")
-    wrapped.unload()
-    model.to(torch.float64)
-    with pytest.raises(ValueError, match="must keep the parameters"):
-        tasks.switch_("one")
-    model.to(torch.float32)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match="must keep the parameters"):
-        tasks.switch_("one")
 
 
 def test_siblings_without_a_common_coordinate_apply_together() -> None:

@@ -13,9 +13,8 @@ from piece_ops.importance import estimate
 from piece_ops.model import PieceModel
 from piece_ops.optim import SparseAdamW
 
-from helpers.tiny_vision import VISION_MODELS, sample
+from helpers.tiny_vision import TOWER, VISION_MODELS, sample
 
-TOWER = {"llava": "vision_tower", "qwen2.5-vl": "visual", "qwen3-vl": "visual"}
 PARTS = ("vision", "language")
 
 

@@ -188,6 +188,40 @@ void scatter(const Ints& targets, const Ints& target_sizes, const Ints& target_d
   cpu::scatter(cpu_context(threads), args);
 }
 
+// A scatter that is kept: views and checked indices. Python keeps what the addresses point to.
+struct KeptScatter {
+  std::vector<View> targets;
+  std::vector<IndexView> indices;
+  std::vector<ConstView> values;
+
+  ScatterArgs args() const {
+    return {static_cast<int64_t>(targets.size()), targets.data(), indices.data(), values.data()};
+  }
+};
+
+KeptScatter keep_scatter(const Ints& targets, const Ints& target_sizes, const Ints& dtypes,
+                         const Ints& indices, const Ints& index_sizes, const Ints& values) {
+  KeptScatter kept{make_views<View>(targets, target_sizes, dtypes),
+                   make_index_views(indices, index_sizes),
+                   make_views<ConstView>(values, index_sizes, dtypes)};
+  PIECE_OPS_CHECK(kept.indices.size() == kept.targets.size(), "piece_ops._C: ", kept.indices.size(),
+                  " lists of indices for ", kept.targets.size(), " targets");
+  cpu::check_scatter(kept.args());
+  return kept;
+}
+
+void scatter_two(const KeptScatter& first, const KeptScatter& second, int threads) {
+  PIECE_OPS_CHECK(first.targets.size() == second.targets.size(),
+                  "piece_ops._C: ", first.targets.size(), " targets, but ", second.targets.size());
+  for (size_t t = 0; t < first.targets.size(); ++t)
+    PIECE_OPS_CHECK(first.targets[t].data == second.targets[t].data &&
+                        first.targets[t].n == second.targets[t].n &&
+                        first.targets[t].dtype == second.targets[t].dtype,
+                    "piece_ops._C: other targets at ", t);
+  const py::gil_scoped_release unlocked;
+  cpu::scatter_two(cpu_context(threads), first.args(), second.args());
+}
+
 double total(const Ints& tensors, const Ints& sizes, const Ints& dtypes, int threads) {
   const auto views = make_views<ConstView>(tensors, sizes, dtypes);
   TotalArgs args{static_cast<int64_t>(views.size()), views.data()};
@@ -243,6 +277,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sparse_adamw", &sparse_adamw);
   m.def("gather", &gather);
   m.def("scatter", &scatter);
+  py::class_<KeptScatter>(m, "KeptScatter").def(py::init(&keep_scatter));
+  m.def("scatter_two", &scatter_two);
   m.def("total", &total);
   m.def("sampled_weight_grad", &sampled_weight_grad);
   m.def("read_bandwidth_probe", &read_bandwidth_probe);

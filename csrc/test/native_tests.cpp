@@ -188,6 +188,21 @@ void test_updates() {
     expect(half[index[s]] == float_to_bf16(values[s]), "scatter", s);
   }
 
+  // Two lists in one pass: the second over the first, nothing beside them; other threads too.
+  std::vector<int64_t> other;
+  for (int64_t i = 0; i < n; i += 3) other.push_back(i);
+  std::vector<uint16_t> ones(k, 1), twos(other.size(), 2);
+  const IndexView second_indices{other.data(), static_cast<int64_t>(other.size())};
+  const ConstView first_values{ones.data(), k, DType::kBFloat16};
+  const ConstView second_values{twos.data(), second_indices.n, DType::kBFloat16};
+  std::vector<uint16_t> want(n, 7);
+  for (const int64_t i : index) want[i] = 1;
+  for (const int64_t i : other) want[i] = 2;
+  std::fill(half.begin(), half.end(), uint16_t{7});
+  cpu::scatter_two(context, {1, &half_target, &indices, &first_values},
+                   {1, &half_target, &second_indices, &second_values});
+  for (int64_t i = 0; i < n; ++i) expect(half[i] == want[i], "scatter_two", i);
+
   const double one = cpu::total(context, {1, &grads});
   context.threads = 1;
   expect(cpu::total(context, {1, &grads}) == one, "total does not depend on threads");

@@ -6,6 +6,7 @@ from typing import Any
 
 from piece_ops.backends import (
     cpu,
+    cpu_switch,
     cuda,
     cuda_adamw_plan,
     cuda_maxima,
@@ -18,9 +19,15 @@ from piece_ops.backends import (
 # the same tensors can be had for less than single calls.
 ADAMW_STEPS: dict[str, Any] = {"cuda": cuda_adamw_plan.SparseAdamwSteps}
 
+# Device type -> what keeps scatters into the same tensors and makes two of them in one pass, where
+# that can be had for less than two calls.
+KEPT_SCATTERS: dict[str, Any] = {"cpu": cpu_switch.CpuScatters}
+
 __all__ = [
     "ADAMW_STEPS",
+    "KEPT_SCATTERS",
     "cpu",
+    "cpu_switch",
     "cuda",
     "cuda_adamw_plan",
     "cuda_maxima",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+import torch
 
 from piece_ops.training.extra import require
 
@@ -23,7 +28,7 @@ def lm_eval_scores(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Its mode is put back afterwards.
+        Its mode is put back afterwards, and so are the random states, which lm_eval seeds.
     tokenizer : transformers.PreTrainedTokenizerBase
     tasks : sequence of str
         Names of tasks or groups, or paths of their YAML files.
@@ -41,12 +46,13 @@ def lm_eval_scores(
     was_training = model.training
     model.eval()
     try:
-        found = harness.simple_evaluate(
-            model=wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks),
-            limit=limit,
-            bootstrap_iters=0,
-        )
+        with _random_states_kept(model.device):
+            found = harness.simple_evaluate(
+                model=wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=0,
+            )
     finally:
         model.train(was_training)
     return {
@@ -55,3 +61,15 @@ def lm_eval_scores(
         for metric, value in sorted(metrics.items())
         if isinstance(value, (int, float)) and "stderr" not in metric and metric != "sample_len"
     }
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Put the states of torch's, numpy's and Python's generators back afterwards."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)

@@ -13,7 +13,7 @@ from torch import nn
 
 from piece_ops import Delta, PieceModel, Selection
 
-from helpers.tiny_models import random_positions
+from helpers.tiny_models import llama, random_positions
 
 
 def select(model: nn.Module, density: float = 0.05, seed: int = 0) -> Selection:
@@ -69,3 +69,17 @@ def rewrite(path: Path, tensors: dict[str, Any] | None = None, **header: Any) ->
     if "info" not in header:
         metadata["info"] = json.dumps(info)
     save_file(held, path, metadata=metadata)
+
+
+def two_tasks(shared: bool) -> tuple[nn.Module, Delta, Delta, dict[str, torch.Tensor]]:
+    """Two deltas of one base, on the same coordinates or on others, and the base itself."""
+    model = llama()
+    base = snapshot(model)
+    first = train(model, seed=1, task="one")
+    first.revert_(model)
+    second = train(model, seed=1 if shared else 2, task="two")
+    second.revert_(model)
+    if shared:  # other values at half of them
+        name = "lm_head.weight"
+        second.values[name][::2] += 1.0
+    return model, first, second, base

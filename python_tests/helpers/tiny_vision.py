@@ -113,6 +113,7 @@ def qwen3() -> Any:
 
 
 VISION_MODELS = {"llava": llava, "qwen2.5-vl": qwen25, "qwen3-vl": qwen3}
+TOWER = {"llava": "vision_tower", "qwen2.5-vl": "visual", "qwen3-vl": "visual"}
 
 
 def sample(model: Any, seed: int, *, pad: int = 0) -> dict[str, Tensor]:

@@ -18,6 +18,13 @@ struct ScatterArgs {
 
 namespace cpu {
 void scatter(const Context& context, const ScatterArgs& args);
+
+// Throws unless the indices are those of a scatter: increasing, inside their targets.
+void check_scatter(const ScatterArgs& args);
+
+// Two scatters into the same targets in one pass: where both write, the second stays. For those who
+// keep their lists: checked before by check_scatter, values of the target's dtype.
+void scatter_two(const Context& context, const ScatterArgs& first, const ScatterArgs& second);
 }  // namespace cpu
 
 namespace cuda {
