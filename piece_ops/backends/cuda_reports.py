@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,9 +14,9 @@ from torch import Tensor
 
 @dataclass
 class _Factor:
-    """The largest magnitude of each token's row, and where samples begin."""
+    """Whether each token's row is finite, and where samples begin."""
 
-    largest: Tensor
+    finite: Tensor
     offsets: Sequence[int]
 
 
@@ -36,9 +37,11 @@ class Reports:
 
     def add_factor(self, label: Any, factor: Tensor, offsets: Sequence[int]) -> None:
         """One [tokens, features] side of a product, whose sample n begins at token offsets[n]."""
-        largest = torch.linalg.vector_norm(factor, torch.inf, dim=1, dtype=torch.float32)
-        bad = (~largest.isfinite()).any().to(torch.int64)
-        self._put(label, bad.view(1), _Factor(largest, offsets))
+        # Both extremes of a NaN are NaN. A norm in float32 would be taken of a wider copy, which is
+        # five times the bytes: 118 GB in an importance pass of 4.5e9 weights and 8,192 tokens.
+        low, high = torch.aminmax(factor, dim=1)
+        finite = (low > -math.inf) & (high < math.inf)
+        self._put(label, (~finite.all()).to(torch.int64).view(1), _Factor(finite, offsets))
 
     def _put(self, label: Any, word: Tensor, factor: _Factor | None) -> None:
         self._labels.append(label)
@@ -56,7 +59,7 @@ class Reports:
                 continue
             if factor is None:
                 return label, None
-            finite = factor.largest.isfinite().tolist()
+            finite = factor.finite.tolist()
             spans = enumerate(pairwise(factor.offsets))
             return label, next(n for n, (a, b) in spans if not all(finite[a:b]))
         return None
