@@ -32,6 +32,7 @@ SHAPES: dict[str, tuple[int, int, list[int]]] = {
     "one number": (1, 1, [1]),
     "one token each": (9, 50, [1] * 7),
     "even": (16, 96, [64, 64]),
+    "even, with a rest": (40, 72, [70, 70, 70]),
     "odd": (37, 101, [3, 17, 1, 64, 5]),
     "empty samples": (13, 49, [0, 4, 0, 0, 9, 0]),
     "a long sample": (7, 55, [600, 1, 513]),

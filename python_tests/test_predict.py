@@ -125,7 +125,7 @@ def test_times_are_those_of_the_headers() -> None:
         "sparse_adamw": (costs.sparse_adamw(8e6, H200), 0.2),
         "gather": (costs.gather(8e6, 2, H200), 0.09),
         "scatter": (costs.scatter(8e6, 4, H200), 0.15),
-        "accumulate_per_sample_squares": (of_layers(squares_of_layer), 225),
+        "accumulate_per_sample_squares": (of_layers(squares_of_layer), 240),
         "sampled_weight_grad": (of_layers(sampled_of_layer) + head, 45),
     }
     for name, (work, wanted_ms) in predicted.items():

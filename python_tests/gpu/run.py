@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import piece_ops
 from piece_ops import reference
@@ -320,27 +321,42 @@ def check_per_sample_squares() -> None:
         print("   no triton here: left out")
         return
     g = torch.Generator().manual_seed(5)
-    lengths = torch.tensor([0, 700, 1, 0, 64, 333])
-    offsets, tokens = lengths.cumsum(0), int(lengths.sum())
-    for dtype in (F32, BF16, F16):
-        grad = torch.randn(tokens, 1000, generator=g).to(dtype)
-        x = torch.randn(tokens, 776, generator=g).to(dtype)
-        there = grad.to(GPU), x.to(GPU)
-        for has_sums in (False, True):
-            size, want, want_sums = (torch.zeros(1000, 776, dtype=F64) for _ in range(3))
-            reference.accumulate_per_sample_squares_(want, grad, x, offsets, want_sums)
-            reference.accumulate_per_sample_squares_(size, grad.abs(), x.abs(), offsets)
-            results = []
-            for _ in range(2):
-                squares = torch.zeros(1000, 776, device=GPU)
-                sums = torch.zeros(1000, 776, device=GPU) if has_sums else None
-                piece_ops.accumulate_per_sample_squares_(squares, *there, offsets, sums)
-                results.append(squares.cpu())
-            assert_bits_equal(results[0], results[1])
-            assert_within(results[0], want, per_sample_squares(700, 5) * size)
-            if sums is not None:
-                bound = per_sample_sums(700, 5) * (5 * size).sqrt()  # at most, by Cauchy-Schwarz
-                assert_within(sums.cpu(), want_sums, bound)
+    # Pointers; descriptors with a rest; descriptors with half tiles.
+    for lengths in ([700, 1, 0, 64, 333], [700] * 5, [64] * 5):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        for dtype in (F32, BF16, F16):
+            grad = torch.randn(sum(lengths), 1000, generator=g).to(dtype)
+            x = torch.randn(sum(lengths), 776, generator=g).to(dtype)
+            for has_sums in (False, True):
+                check_squares_of(grad, x, offsets, has_sums)
+
+
+def check_squares_of(grad: Tensor, x: Tensor, offsets: Tensor, has_sums: bool) -> None:
+    shape, (tokens, samples) = (grad.shape[1], x.shape[1]), (int(offsets.diff().max()), 5)
+    size, want, want_sums = (torch.zeros(shape, dtype=F64) for _ in range(3))
+    reference.accumulate_per_sample_squares_(want, grad, x, offsets, want_sums)
+    reference.accumulate_per_sample_squares_(size, grad.abs(), x.abs(), offsets)
+    there = grad.to(GPU), x.to(GPU)
+    results = []
+    for _ in range(2):
+        squares = torch.zeros(shape, device=GPU)
+        sums = torch.zeros(shape, device=GPU) if has_sums else None
+        piece_ops.accumulate_per_sample_squares_(squares, *there, offsets, sums)
+        results.append(squares.cpu())
+    assert_bits_equal(results[0], results[1])
+    assert_within(results[0], want, per_sample_squares(tokens, samples) * size)
+    if sums is not None:  # at most, by Cauchy-Schwarz
+        bound = per_sample_sums(tokens, samples) * (samples * size).sqrt()
+        assert_within(sums.cpu(), want_sums, bound)
+    there[1][len(x) // 2, 5] = float("nan")
+    kept = squares.clone()
+    try:
+        piece_ops.accumulate_per_sample_squares_(squares, *there, offsets)
+    except ValueError as error:
+        assert "input must be finite, got 1 NaN" in str(error), error
+    else:
+        raise AssertionError("NaN was taken")
+    assert_bits_equal(squares, kept)
 
 
 def check_compute_sanitizer() -> None:

@@ -12,7 +12,7 @@ import torch
 from piece_ops.backends.triton import accumulate_per_sample_squares as kernel
 
 
-def check(kind: str, out: int, features: int, g: torch.Generator) -> None:
+def check(kind: str, out: int, features: int, middle: int, g: torch.Generator) -> None:
     grad, x = torch.randn(50, out, generator=g), torch.randn(50, features, generator=g)
     squares, sums = torch.rand(out, features, generator=g), torch.randn(out, features, generator=g)
     sums[0, 0], squares[1, 3] = float("nan"), float("inf")
@@ -21,7 +21,7 @@ def check(kind: str, out: int, features: int, g: torch.Generator) -> None:
         squares,
         grad,
         x,
-        torch.tensor([0, 20, 50]),
+        torch.tensor([0, middle, 50]),
         sums,
         None,
         kernel.Tiling(16, 32, 4, 3),
@@ -44,7 +44,8 @@ def main() -> int:
     g = torch.Generator().manual_seed(1)
     for kind in kernel.MAXIMA_OF:
         for out, features in ((2, 32), (33, 96), (40, 64)):
-            check(kind, out, features, g)
+            for middle in (20, 25):  # samples as long as each other: with descriptors
+                check(kind, out, features, middle, g)
     print("maxima are right")
     return 0
 
