@@ -19,8 +19,8 @@
 //            Linears of Llama-8B, 8192 tokens, 0.1 %: 6.6e10 products, 131 GB from L2 at 5.5 TB/s
 //            24 ms, and 86 GB at 4.0 TB/s 21 ms (less where the panel stays in L2): 45 ms, where
 //            the dense GEMMs take 188 ms at 700 TFLOP/s. A product costs about as much as 130 of a
-//            GEMM's, so that the GEMM is the better choice from a density of about 0.8 % (float32
-//            without tensor cores: 10 %). This backend does not change over: a GEMM has other bits.
+//            GEMM's, so that the GEMM is the better choice in rows from a density of about 0.8 %
+//            (measured below: less); there backends/cuda_full_rows.py takes one, with other bits.
 //            Measured on an H200, all in all: 4096 x 4096 0.26 ms (GEMM 0.33), 14336 x 4096 0.63 (1.17),
 //            128256 x 4096 5.3 (11.2): half as fast as predicted.
 // Scratch    512 bytes a column of input (1024 of float32) and 4 an index, for each block.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from piece_ops import _schema
 from piece_ops._schema import register
-from piece_ops.backends import _cuda_runtime
+from piece_ops.backends import _cuda_runtime, cuda_full_rows
 from piece_ops.backends._cuda_runtime import (
     Place,
     Recall,
@@ -425,18 +425,36 @@ def sampled_weight_grad(grad_output: Tensor, input: Tensor, indices: Tensor) -> 
             check_indices(place, table, [indices], [bound])
         if not tokens:
             return values
-        n_bytes = place.module.cuda_sampled_weight_grad_bytes(matrix(input), count)
-        blocks = max(1, min(-(-tokens // 256), SAMPLED_SCRATCH_BYTES // n_bytes))
-        scratch = torch.empty(blocks * n_bytes, dtype=torch.uint8, device=place.device)
-        place.module.cuda_sampled_weight_grad(
-            matrix(grad_output),
-            matrix(input),
-            tokens,
-            indices.data_ptr(),
-            count,
-            values.data_ptr(),
-            scratch.data_ptr(),
-            blocks,
-            *place.where,
-        )
+        full = None
+        if grad_output.dtype == input.dtype:
+            size = grad_output.element_size()
+            full = cuda_full_rows.plan(indices, columns, size, place.capturing)
+        if full is None:
+            _one_by_one(place, grad_output, input, indices, values)
+            return values
+        cuda_full_rows.fill(values, grad_output, input, full)
+        if full.rest.numel():
+            rest = torch.empty_like(full.rest, dtype=torch.float32)
+            _one_by_one(place, grad_output, input, full.rest, rest)
+            values.index_copy_(0, full.rest_slots, rest)
     return values
+
+
+def _one_by_one(
+    place: Place, grad_output: Tensor, input: Tensor, indices: Tensor, values: Tensor
+) -> None:
+    tokens, count = grad_output.shape[0], indices.numel()
+    n_bytes = place.module.cuda_sampled_weight_grad_bytes(matrix(input), count)
+    blocks = max(1, min(-(-tokens // 256), SAMPLED_SCRATCH_BYTES // n_bytes))
+    scratch = torch.empty(blocks * n_bytes, dtype=torch.uint8, device=place.device)
+    place.module.cuda_sampled_weight_grad(
+        matrix(grad_output),
+        matrix(input),
+        tokens,
+        indices.data_ptr(),
+        count,
+        values.data_ptr(),
+        scratch.data_ptr(),
+        blocks,
+        *place.where,
+    )

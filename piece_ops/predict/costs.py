@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from piece_ops.backends.cuda_full_rows import SHARE as FULL_SHARE
 from piece_ops.predict.devices import Device
 
 # Python and launches: `SparseAdamW` takes 0.5 ms for 254 tensors. It is added on a CPU; a GPU works
@@ -92,10 +93,15 @@ def sampled_weight_grad(
     tokens: float, out: int, width: int, size: int, k: float, on: Device
 ) -> Work:
     """csrc/*/sampled_weight_grad.*; used columns as if the k positions were random."""
+    density = k / (out * width)
+    if is_gpu(on) and density >= FULL_SHARE[size]:  # of evenly spread positions: all rows are full
+        whole = 2 * tokens * out * width
+        return Work(
+            moved=tokens * (out + width) * size + 8 * out * width, products=whole, tensors=1
+        )
     if is_gpu(on):
         matrices = tokens * (out + 3 * width) * size
         return Work(moved=matrices, l2=tokens * k * size, tensors=1)
-    density = k / (out * width)
     used = out * (1 - (1 - density) ** width) + width * (1 - (1 - density) ** out)
     # Transposed elements go to L2 as float32 and come back; that bounds it.
     return Work(moved=8 * tokens * used, tensors=1)

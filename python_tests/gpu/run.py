@@ -25,6 +25,7 @@ from torch import Tensor
 
 import piece_ops
 from piece_ops import reference
+from piece_ops.backends import cuda_full_rows
 from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers import on_gpu
@@ -36,7 +37,7 @@ from helpers.compare import (
 )
 from helpers.emulated_worker import CASES, same
 from helpers.on_gpu import each, gpu_implementations
-from helpers.tolerances import per_sample_squares, per_sample_sums
+from helpers.tolerances import per_sample_squares, per_sample_sums, sum_of_products
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACTS = (
@@ -331,6 +332,28 @@ def check_per_sample_squares() -> None:
                 check_squares_of(grad, x, offsets, has_sums)
 
 
+def check_full_rows() -> None:
+    """Rows of a sampled gradient by tensor cores, the others with the CPU's bits."""
+    g = torch.Generator().manual_seed(6)
+    out, width, tokens = 512, 1024, 700
+    for dtype in (F32, BF16, F16):
+        wanted = torch.rand(out, width, generator=g) < 1e-3
+        wanted[::3] = torch.rand(171, width, generator=g) < 0.2
+        is_full = wanted.sum(1) >= cuda_full_rows.SHARE[dtype.itemsize] * width
+        indices = wanted.view(-1).nonzero().view(-1)
+        grad, x = (torch.randn(tokens, n, generator=g).to(dtype) for n in (out, width))
+        there = [x.to(GPU) for x in (grad, x, indices)]
+        got = piece_ops.sampled_weight_grad(*there).cpu()
+        i, j = indices // width, indices % width
+        left, right = grad[:, i].double(), x[:, j].double()
+        bound = sum_of_products(tokens) * (left * right).abs().sum(0)
+        assert_within(got, (left * right).sum(0), bound)
+        one_by_one = ~is_full[i]
+        want = piece_ops.sampled_weight_grad(grad, x, indices)
+        assert_bits_equal(got[one_by_one], want[one_by_one])
+        assert not torch.equal(got, want), "no row was computed whole"
+
+
 def check_squares_of(grad: Tensor, x: Tensor, offsets: Tensor, has_sums: bool) -> None:
     shape, (tokens, samples) = (grad.shape[1], x.shape[1]), (int(offsets.diff().max()), 5)
     size, want, want_sums = (torch.zeros(shape, dtype=F64) for _ in range(3))
@@ -397,6 +420,7 @@ CHECKS: list[Callable[[], None]] = [
     check_host_time_of_a_plan,
     check_importance,
     check_per_sample_squares,
+    check_full_rows,
     check_training_run,
     check_cupy,
     check_contract_tests,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from piece_ops import _schema
-from piece_ops.backends import _cuda_runtime, cuda
+from piece_ops.backends import _cuda_runtime, cuda, cuda_full_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
@@ -135,6 +135,11 @@ def route_cpu_tensors() -> torch.library.Library:
 _kept: list[Any] = []
 
 
+def compute_no_row_whole() -> None:
+    """For the tests of contracts, which compare bits: sampled gradients one by one."""
+    cuda_full_rows.LEAST = 1 << 62
+
+
 def pytest_configure(config: Any) -> None:
     """The plugin: put the emulation in place before any test is collected."""
     if "PIECE_OPS_EMULATION" not in os.environ:
@@ -142,6 +147,7 @@ def pytest_configure(config: Any) -> None:
     extension = load(Path(os.environ["PIECE_OPS_EMULATION"]))
     context = emulation(extension)
     context.__enter__()
+    compute_no_row_whole()
     _kept.extend([extension, context, route_cpu_tensors()])
 
 

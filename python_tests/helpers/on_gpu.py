@@ -14,7 +14,7 @@ from torch import Tensor
 
 from piece_ops.backends import triton
 
-from helpers.emulated import cuda_implementations
+from helpers.emulated import compute_no_row_whole, cuda_implementations
 
 DEVICE = "cuda"
 
@@ -102,4 +102,5 @@ def pytest_configure(config: Any) -> None:
     implementations["accumulate_per_sample_squares_"] = per_sample_squares
     for op, function in implementations.items():
         library.impl(op, function, "CPU", allow_override=True)
+    compute_no_row_whole()
     _kept.append(library)
