@@ -161,7 +161,8 @@ def test_a_model_compiled_by_inductor_learns_the_same(model_name: str) -> None:
         torch._dynamo.reset()
         run = torch.compile(wrapped, backend="inductor") if is_compiled else wrapped
         losses.append([step(run, optimizer, batch(3, 7, seed=seed % 5)) for seed in range(10)])
-    assert losses[1][-1] < 0.98 * losses[1][0]
+    # The same five batches, the second time and the first.
+    assert sum(losses[1][5:]) < 0.98 * sum(losses[1][:5])
     assert losses[1] == pytest.approx(losses[0], rel=TRAINING_50_STEPS)
 
 
