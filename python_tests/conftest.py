@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from helpers.cases import fewer
+
 # Examples are drawn from the test's own source, so a failure in CI repeats at home; no time limit
 # per example, because the machine may be busy.
 settings.register_profile(
     "piece_ops",
     derandomize=True,
+    max_examples=max(5, fewer(100)),
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -12,7 +12,7 @@ from torch import Tensor
 from piece_ops import reference
 from piece_ops.functional import accumulate_squares_
 
-from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, LARGE_SIZES, cut, draw, pick
+from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, LARGE_SIZES, cut, draw, fewer, pick
 from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
 from helpers.tolerances import ACCUMULATE_SQUARES, ACCUMULATE_SUMS
 
@@ -64,7 +64,9 @@ def test_many_tensors_of_mixed_dtypes(pieces: int, rng: torch.Generator) -> None
         p.to(pick(rng, (F32, BF16, F16))) for p in cut(draw("normal", 7001, F32, rng), pieces, rng)
     ]
     check(parts, 0.5, f"{pieces} tensors", rng)
-    check([draw("normal", n % 4, BF16, rng) for n in range(10_000)], 1.0, "10,000 tensors", rng)
+    check(
+        [draw("normal", n % 4, BF16, rng) for n in range(fewer(10_000))], 1.0, "10,000 tensors", rng
+    )
 
 
 def test_nothing_to_do(rng: torch.Generator) -> None:
@@ -92,7 +94,7 @@ def test_close_to_exact_arithmetic(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", GRADS)
 def test_same_bits_for_every_thread_count(dtype: str) -> None:
     g = torch.Generator().manual_seed(3)
-    parts = cut(draw("normal", 2**20 + 3, GRADS[dtype], g), 9, g)
+    parts = cut(draw("normal", fewer(2**20 + 3), GRADS[dtype], g), 9, g)
     want, _ = accumulators(parts, g)
     start = clones(want)
     reference.accumulate_squares_(want, parts, None, 0.1)

@@ -1,15 +1,12 @@
-"""The CUDA backend on emulated kernels: the CPU's contract tests, its bits, sanitizers, mutations.
+"""The CUDA backend on emulated kernels: the CPU's bits, tables, checks and captures.
 
 Nothing here needs a GPU or nvcc. What blocks do at the same time is not emulated, nor is speed.
+Contract tests and sanitizers: test_cuda_contracts.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,18 +24,13 @@ from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
 from helpers.cases import BF16, DTYPES, F16, F32, F64, draw, pick, some_positions
 from helpers.compare import assert_all_bits_equal, assert_bits_equal
-from helpers.emulated import ROOT, EmulatedRuntime, build, emulation, load
+from helpers.emulated import EmulatedRuntime, build, emulation, load
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the emulation switches stacks in x86-64 assembler"
 )
 
 OPS = torch.ops.piece_ops
-CONTRACTS = {
-    "small": ("accumulate_squares", "sparse_adamw", "gather", "scatter", "total"),
-    "sampled": ("sampled_weight_grad",),
-    "select_topk": ("select_topk", "select_topk_errors"),
-}
 MIXED = (F32, BF16, F16)
 # Tiles of 1024 slots and 4096 elements, chunks of 32, vectors of 8: one off each, and empty ones.
 SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 4095, 4096, 4097, 20_011)
@@ -363,90 +355,3 @@ def test_what_runs_where(extension: ModuleType, architectures: str, capabilities
 def test_every_op_has_a_cuda_implementation() -> None:
     for op in _schema.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"piece_ops::{op}", "CUDA"), op
-
-
-# ---- the contract tests of the CPU, and the sanitizers -------------------------------------------
-
-
-def preload(kind: str) -> dict[str, str]:
-    """The environment in which this Python can load an extension built with a sanitizer."""
-    names = {"plain": (), "address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
-    paths = [
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), f"-print-file-name={name}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for name in names[kind]
-    ]
-    return {
-        "LD_PRELOAD": " ".join(paths),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        # Names in a report cost seconds, and a mutant's child cannot start the symbolizer.
-        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:die_after_fork=0:symbolize=0"
-        ":atexit_sleep_ms=0",
-    }
-
-
-def start(kind: str, arguments: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **preload(kind)} if kind != "plain" else dict(os.environ)
-    environment |= {
-        "PIECE_OPS_EMULATION": str(build(kind)),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
-        "OMP_NUM_THREADS": "1",
-        "PIECE_OPS_SIMT_SEED": "29",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=seconds,
-    )
-
-
-@pytest.mark.parametrize("group", CONTRACTS)
-def test_the_contract_tests_hold(group: str) -> None:
-    """python_tests/test_<op>.py as they are, with CPU tensors routed to emulated kernels."""
-    files = [f"python_tests/test_{name}.py" for name in CONTRACTS[group]]
-    command = ["-m", "pytest", "-p", "helpers.emulated", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = start("plain", [*command, *files], 900)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    launches = re.search(r"emulated launches: (\d+)", done.stdout)
-    assert launches and int(launches[1]) > 1000, done.stdout[-500:]
-
-
-WORKER = "python_tests/helpers/emulated_worker.py"
-
-
-@pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers_find_nothing(kind: str) -> None:
-    """AddressSanitizer and UBSan; ThreadSanitizer as the detector of races inside a block."""
-    done = start(kind, [WORKER, "run"], 600)
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
-def barriers() -> list[str]:
-    """<file>:<line> of every __syncthreads() and __syncwarp() of csrc/cuda."""
-    found = []
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.*")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            code = line.split("//")[0]
-            if "__syncthreads()" in code or "__syncwarp(" in code:
-                found.append(f"{path.name}:{number}")
-    return found
-
-
-def test_every_barrier_is_needed() -> None:
-    """Each one left out in turn: a wrong result, a deadlock or ThreadSanitizer's report."""
-    sites = barriers()
-    assert len(sites) >= 2
-    done = start("thread", [WORKER, "mutants", *sites], 900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ends = json.loads(done.stdout.strip().splitlines()[-1])
-    assert list(ends) == sites
-    unnoticed = {site: end for site, end in ends.items() if end in (0, 99)}
-    assert not unnoticed, f"left out without notice (99: never reached): {unnoticed}"

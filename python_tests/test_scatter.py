@@ -11,7 +11,7 @@ import torch
 from piece_ops import reference
 from piece_ops.functional import scatter_
 
-from helpers.cases import BF16, DTYPES, EDGE_SIZES, F16, F32, draw, some_positions
+from helpers.cases import BF16, DTYPES, EDGE_SIZES, F16, F32, draw, fewer, some_positions
 from helpers.compare import assert_all_bits_equal, assert_bits_equal
 
 
@@ -71,7 +71,7 @@ def test_gather_then_scatter_is_nothing(rng: torch.Generator) -> None:
 
 
 def test_many_tensors(rng: torch.Generator) -> None:
-    for count in (0, 1, 300, 10_000):
+    for count in (0, 1, 300, fewer(10_000)):
         targets = [draw("normal", n % 4, (F32, BF16, F16)[n % 3], rng) for n in range(count)]
         want = [t.clone() for t in targets]
         indices = [some_positions(t.numel(), 0.5, rng) for t in targets]
@@ -83,7 +83,7 @@ def test_many_tensors(rng: torch.Generator) -> None:
 
 def test_same_bits_for_every_thread_count() -> None:
     g = torch.Generator().manual_seed(2)
-    start = [draw("normal", n, BF16, g) for n in (2**20 + 3, 17, 2**18)]
+    start = [draw("normal", n, BF16, g) for n in (fewer(2**20 + 3), 17, fewer(2**18))]
     indices = [some_positions(s.numel(), 0.4, g) for s in start]
     values = [torch.randn(i.numel(), generator=g) for i in indices]
     want = [t.clone() for t in start]

@@ -13,7 +13,7 @@ from torch import Tensor
 from piece_ops import reference
 from piece_ops.functional import sparse_adamw_
 
-from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, draw, pick, some_positions
+from helpers.cases import BF16, EDGE_SIZES, F16, F32, F64, draw, fewer, pick, some_positions
 from helpers.compare import assert_all_bits_equal, assert_bits_equal, assert_within
 from helpers.tolerances import ADAMW_100_STEPS, ADAMW_TORCH_100_STEPS
 
@@ -142,7 +142,7 @@ def test_many_tensors(pieces: int, rng: torch.Generator) -> None:
 
 
 def test_ten_thousand_tiny_tensors(rng: torch.Generator) -> None:
-    got = problem([n % 4 for n in range(10_000)], F32, 0.5, rng)
+    got = problem([n % 4 for n in range(fewer(10_000))], F32, 0.5, rng)
     want = copy(got)
     grads = [torch.randn(w.numel(), generator=rng) for w in got["weights"]]
     sparse_adamw_(**got, grads=grads, step=7, **RATES)
@@ -152,7 +152,7 @@ def test_ten_thousand_tiny_tensors(rng: torch.Generator) -> None:
 
 def test_same_bits_for_every_thread_count() -> None:
     g = torch.Generator().manual_seed(9)
-    start = problem([2**20 + 3, 1000, 2**18], BF16, 0.3, g)
+    start = problem([fewer(2**20 + 3), 1000, fewer(2**18)], BF16, 0.3, g)
     grads = [torch.randn(i.numel(), generator=g) for i in start["indices"]]
     want = copy(start)
     reference.sparse_adamw_(**want, grads=grads, step=1, **RATES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -12,9 +14,26 @@ from torch import Generator, Tensor
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16, "fp64": F64}
 
+# Under a sanitizer, where everything costs ten or a hundred times as much, this is above 1: large
+# numbers of elements, tensors and generated cases are divided by it. EDGE_SIZES stay as they are.
+ONE_IN = int(os.environ.get("PIECE_OPS_ONE_IN", "1"))
+Item = TypeVar("Item")
+
+
+def fewer(n: int) -> int:
+    """n, or what is left of it under a sanitizer."""
+    return n if ONE_IN == 1 else max(1, n // ONE_IN)
+
+
+def some(items: Iterable[Item], name: str) -> list[Item]:
+    """All items, or one in ONE_IN and at least one under a sanitizer; the name says the first."""
+    found = list(items)
+    return found[zlib.crc32(name.encode()) % max(1, min(ONE_IN, len(found))) :: ONE_IN]
+
+
 # n - 1, n, n + 1 of vectors (16, 64), tiles (1024) and blocks (65536); 0; primes; past a megabyte.
 EDGE_SIZES = (0, 1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 4099)
-LARGE_SIZES = (65535, 65536, 65537, 104729, 2**20 + 3)
+LARGE_SIZES = tuple(fewer(n) for n in (65535, 65536, 65537, 104729, 2**20 + 3))
 
 
 def _few(values: tuple[float, ...]) -> Callable[[int, Generator], Tensor]:
@@ -143,8 +162,14 @@ def k_values(n: int) -> list[int]:
 
 def select_cases(
     dtype: torch.dtype | None, distribution: str, g: Generator, sizes: tuple[int, ...]
-) -> Iterator[SelectCase]:
+) -> list[SelectCase]:
     """For each size: every k on one tensor, then lists with every option. dtype None: mixed."""
+    return some(_select_cases(dtype, distribution, g, sizes), f"{dtype} {distribution}")
+
+
+def _select_cases(
+    dtype: torch.dtype | None, distribution: str, g: Generator, sizes: tuple[int, ...]
+) -> Iterator[SelectCase]:
     nan = {"nan": "lowest"} if distribution in NAN_DISTRIBUTIONS else {}
     for n in sizes:
         for k in k_values(n):

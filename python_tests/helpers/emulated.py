@@ -5,7 +5,7 @@ extension are replaced. As a pytest plugin (``-p helpers.emulated``) this module
 to it, so that every contract test of an op checks the emulated kernels instead.
 
 PIECE_OPS_EMULATION names the extension to load, PIECE_OPS_SIMT_SEED the order of blocks and
-threads.
+threads, PIECE_OPS_SIMT_BLOCKS how many of them fill the chip.
 """
 
 from __future__ import annotations
@@ -65,12 +65,14 @@ def configure_and_build(
 
 
 def load(path: Path) -> ModuleType:
-    """Import the extension; the seed comes from the environment."""
+    """Import the extension; seed and size of the chip come from the environment."""
     spec = importlib.util.spec_from_file_location("_emulation", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.set_seed(int(os.environ.get("PIECE_OPS_SIMT_SEED", "0")))
+    if blocks := os.environ.get("PIECE_OPS_SIMT_BLOCKS"):
+        module.set_device(int(blocks), 1)
     return module
 
 
