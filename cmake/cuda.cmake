@@ -14,25 +14,10 @@ list(JOIN piece_ops_architectures "," piece_ops_architectures)
 set_source_files_properties(csrc/cuda/device.cu PROPERTIES
   COMPILE_DEFINITIONS PIECE_OPS_CUDA_ARCHITECTURES="${piece_ops_architectures}")
 
-# cuda_resources: registers, shared memory and spills of every kernel and architecture, as ptxas
-# says, in resources/<file>.txt; python_tests/test_cuda_build.py reads them.
-set(piece_ops_gencode)
-foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
-  string(REGEX REPLACE "-.*" "" number ${architecture})
-  list(APPEND piece_ops_gencode -gencode arch=compute_${number},code=sm_${number})
-endforeach()
-file(GLOB piece_ops_cuda_headers CONFIGURE_DEPENDS csrc/cuda/*.h csrc/include/piece_ops/*/*.h)
-set(piece_ops_reports)
-foreach(source IN LISTS piece_ops_cuda_sources)
-  get_filename_component(name ${source} NAME_WE)
-  set(report ${CMAKE_CURRENT_BINARY_DIR}/resources/${name}.txt)
-  add_custom_command(OUTPUT ${report}
-    COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_CURRENT_BINARY_DIR}/resources
-    COMMAND ${CMAKE_COMMAND} -DREPORT=${report}
-      "-DCOMMAND=${CMAKE_CUDA_COMPILER};-O3;-std=c++17;${piece_ops_cuda_flags};-Xptxas=-v;${piece_ops_gencode};-I${CMAKE_CURRENT_SOURCE_DIR}/csrc/include;-c;${source};-o;${report}.o"
-      -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/report.cmake
-    DEPENDS ${source} ${piece_ops_cuda_headers}
-    VERBATIM)
-  list(APPEND piece_ops_reports ${report})
-endforeach()
-add_custom_target(cuda_resources DEPENDS ${piece_ops_reports})
+# Registers, shared memory and spills of every kernel and architecture, as ptxas says while it
+# compiles, in resources/<file>.txt; python_tests/test_cuda_build.py reads them.
+if(PIECE_OPS_RESOURCES)
+  target_compile_options(piece_ops_cuda PRIVATE -Xptxas=-v)
+  set_target_properties(piece_ops_cuda PROPERTIES CUDA_COMPILER_LAUNCHER
+    "${CMAKE_COMMAND};-DFOLDER=${CMAKE_CURRENT_BINARY_DIR}/resources;-P;${CMAKE_CURRENT_SOURCE_DIR}/cmake/report.cmake;--")
+endif()

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bench import cuda_cub
-from piece_ops._native import extension
 from piece_ops.backends import _cuda_runtime
 
 from helpers.emulated import configure_and_build
@@ -24,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_REGISTERS = 128  # keep 16 warps of an SM resident
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc here: nothing to compile with")
 
 
 def resources(text: str) -> dict[tuple[str, str], dict[str, int]]:
@@ -51,13 +49,18 @@ def test_the_report_of_ptxas_is_understood() -> None:
     assert resources(text) == {("f_kernel", "sm_90"): want}
 
 
-@needs_nvcc
-def test_every_kernel_compiles_for_every_architecture_without_spilling() -> None:
-    """The target cuda_resources: warnings, spills and too many registers are errors."""
-    folder = configure_and_build(
-        "cuda-resources", "-DPIECE_OPS_CUDA=ON", target="cuda_resources", compiler=NVCC
-    )
-    reports = sorted((folder / "resources").glob("*.txt"))
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """The folder of the extension with CUDA for every architecture, compiled once and linked."""
+    if not NVCC:
+        pytest.skip("no nvcc here: nothing to compile with")
+    settings = ("-DPIECE_OPS_CUDA=ON", "-DPIECE_OPS_RESOURCES=ON")
+    return configure_and_build("cuda", *settings, target="_C", compiler=NVCC)
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spilling(build: Path) -> None:
+    """Warnings, spills and too many registers are errors."""
+    reports = sorted((build / "resources").glob("*.txt"))
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     assert [r.stem for r in reports] == [s.stem for s in sources]
     found = resources("\n".join(r.read_text() for r in reports))
@@ -71,55 +74,80 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling() -> None
         assert used["registers"] <= MOST_REGISTERS, f"{kernel} {arch}: {used}"
 
 
-def test_imports_without_a_driver_and_says_what_is_missing() -> None:
-    """In a process of its own that must not see a GPU."""
-    code = """
-import piece_ops
-from bench import cuda_cub
-from piece_ops._native import extension
-module = extension()
-if module.cuda_architectures:
-    try:
-        module.cuda_require_device(0)
-    except RuntimeError as error:
-        print(error)
-else:
-    print("no CUDA in this build")
-"""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def run_without_gpu(build: Path, folder: Path, *arguments: str) -> str:
+    """What Python prints with the package over this extension, where no GPU is to be seen."""
+    package = folder / "piece_ops"
+    package.mkdir()
+    for path in (ROOT / "piece_ops").iterdir():
+        if not path.name.startswith(("_C.", "__pycache__")):
+            (package / path.name).symlink_to(path)
+    (library,) = build.glob("_C.*.so")
+    (package / library.name).symlink_to(library)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)},
     )
     assert done.returncode == 0, done.stderr
-    if not extension().cuda_architectures:
-        assert "no CUDA in this build" in done.stdout
-        return
-    assert "needs an NVIDIA GPU and its driver, got cudaError" in done.stdout, done.stdout
-    assert re.search(r"\((35|100)\)", done.stdout), done.stdout
+    return done.stdout
 
 
-def test_the_module_needs_no_cuda_library() -> None:
+# The backend as it is; only torch, which may know of no CUDA, is not asked where tensors lie.
+CALL = """
+from contextlib import nullcontext
+import torch
+import piece_ops
+from piece_ops.backends import _cuda_runtime, cuda
+
+class Runtime(_cuda_runtime.Runtime):
+    takes = lambda self, tensor: True
+    index = lambda self, device: 0
+    on = lambda self, index: nullcontext()
+    stream = lambda self, index: 0
+
+print(piece_ops.select_topk(torch.tensor([3.0, 1.0, 2.0]), 2).indices.tolist())
+_cuda_runtime.use(Runtime())
+try:
+    cuda.total([torch.ones(3)])
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_the_first_cuda_call_says_what_is_missing(build: Path, tmp_path: Path) -> None:
+    """Without driver or GPU the package imports, CPU ops work, and a CUDA op names the lack."""
+    selected, error = run_without_gpu(build, tmp_path, "-c", CALL).splitlines()
+    assert selected == "[0, 2]"
+    assert "needs an NVIDIA GPU and its driver, got cudaError" in error
+    assert re.search(r"\((35|100)\)", error), error
+
+
+def test_info_names_what_is_built_in(build: Path, tmp_path: Path) -> None:
+    rows = run_without_gpu(build, tmp_path, "-m", "piece_ops", "info").splitlines()
+    found = {row[:15].strip(): row[15:].strip() for row in rows}
+    assert found["CUDA kernels"] == ", ".join((*ARCHITECTURES, "compute_120")), rows
+    assert found["extension"].startswith(str(tmp_path)), rows
+    assert found["GPU"] == "none", rows
+
+
+def test_the_module_needs_no_cuda_library(build: Path) -> None:
     """The runtime is linked in: what is looked for at import is there on every machine."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("no readelf")
-    done = subprocess.run(
-        [readelf, "-d", str(extension().__file__)], capture_output=True, text=True, check=True
-    )
+    (library,) = build.glob("_C.*.so")
+    done = subprocess.run([readelf, "-d", str(library)], capture_output=True, text=True, check=True)
     needed = re.findall(r"NEEDED.*\[(.*)\]", done.stdout)
     assert needed and not [name for name in needed if "cuda" in name or "nv" in name], needed
 
 
-def test_what_is_built_in_is_named() -> None:
-    built = tuple(extension().cuda_architectures)
-    if built and "CMAKE_CUDA_ARCHITECTURES" not in os.environ.get("CMAKE_ARGS", ""):
-        assert built == (*ARCHITECTURES, "compute_120")
-
-
-@needs_nvcc
 def test_a_peer_of_the_benchmark_compiles(tmp_path: Path) -> None:
     """cub::DeviceTopK where the toolkit has it, and the words for it being absent where not."""
-    command = cuda_cub.command(str(NVCC), tmp_path / "cub.so", "sm_90")
+    if not NVCC:
+        pytest.skip("no nvcc here: nothing to compile with")
+    command = cuda_cub.command(NVCC, tmp_path / "cub.so", "sm_90")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     library = cuda_cub.load(tmp_path / "cub.so")
