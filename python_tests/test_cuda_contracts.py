@@ -30,7 +30,7 @@ CONTRACTS = {
     "sampled": ("sampled_weight_grad",),
     "select_topk": ("select_topk", "select_topk_errors"),
 }
-# What everything large is divided by: seconds of one core are then 106, 80 and 110.
+# What everything large is divided by: 140, 120 and 130 s of one core are left (on a busy machine).
 ONE_IN = {"plain": 1, "address": 4, "thread": 16}
 FEWEST_LAUNCHES = {"plain": 1000, "address": 300, "thread": 100}
 
