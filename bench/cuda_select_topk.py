@@ -23,7 +23,8 @@ from bench.cuda_timing import (
     reader,
 )
 from bench.harness import under_best
-from piece_ops.backends import cuda, cuda_select_topk
+from piece_ops.backends import cuda
+from piece_ops.backends.cuda_select_topk import Arguments, select
 
 LAUNCHES_MS = 0.05  # some 20 small kernels around the one read
 PART = 1 << 30  # scores that torch.topk gets at a time, in its other form
@@ -154,7 +155,7 @@ def fused(n: int, k: int) -> list[Peer]:
     squares = torch.zeros(n, device="cuda")
     maxima = torch.empty((n + 31) // 32, device="cuda")
     cuda.accumulate_squares_and_maxima_([squares], [grads], [], 1.0, [maxima])
-    select = ([squares], [], [k], [], "plain", 0.0, 0, "raise", "auto", [maxima])
+    given = Arguments([squares], [], [k], [], "plain", 0.0, 0, "raise", "auto", [maxima])
     # Timed on accumulators of their own: what the selection reads must not change.
     other, other_maxima = squares.clone(), maxima.clone()
     weight = 2.0**-60
@@ -170,7 +171,7 @@ def fused(n: int, k: int) -> list[Peer]:
         report = cuda.accumulate_squares_and_maxima_(
             [other], [grads], [], weight, [other_maxima], deferred=True
         )
-        found = cuda_select_topk.select([other], *select[1:-1], [other_maxima])
+        found = select(given._replace(first=[other], maxima=[other_maxima]))
         assert report is not None and report.tolist()[0] >= 1, "gradients must be finite"
         return found.indices
 
@@ -178,7 +179,7 @@ def fused(n: int, k: int) -> list[Peer]:
         reader([squares]),
         Peer(
             MAXIMA,
-            lambda: cuda_select_topk.select_topk_by_maxima(*select)[0],
+            lambda: select(given).indices,
             check_flat(squares, k, first_ties=True),
             role="ours",
         ),

@@ -25,6 +25,7 @@ from piece_ops._foreign import as_tensor, torch_dtype
 from piece_ops._topk import Score, TopK
 from piece_ops.backends import cuda, cuda_maxima, cuda_select_topk
 from piece_ops.backends.cuda_maxima import ChunkMaxima
+from piece_ops.backends.cuda_select_topk import Arguments, Found
 
 Array = Any  # of any library
 Tensors = Any  # an array, or a list, tuple or dict of them; mirrored in the result
@@ -138,12 +139,12 @@ def select_topk(
         if maxima is not None and scope == "global" and cuda_maxima.takes(given.tensors):
             known = maxima.of(given.tensors, second, kind, constant)
         if known:
-            found: cuda_select_topk.Found | None = cuda_select_topk.select(*arguments, known)
+            found: Found | None = cuda_select_topk.select(Arguments(*arguments, known))
         else:
-            found = cuda_select_topk.select_known(*arguments)
+            found = cuda_select_topk.select_known(Arguments(*arguments, []))
         if found is None:
             indices, *numbers = _ops.select_topk(*arguments)
-            found = cuda_select_topk.Found(indices, *(x.tolist() for x in numbers))
+            found = Found(indices, *(x.tolist() for x in numbers))
         parts = given.split(found.indices, found.counts)
     if scope == "global":
         return TopK(parts, found.thresholds[0], found.ties_kept[0])

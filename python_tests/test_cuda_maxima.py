@@ -51,9 +51,9 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     seen: list[list[Tensor]] = []
     plan_of = cuda_select_topk._plan_of
 
-    def watched(place: Any, *arguments: Any) -> Any:
-        seen.append(arguments[9])
-        return plan_of(place, *arguments)
+    def watched(place: Any, given: Any, *recalled: Any) -> Any:
+        seen.append(given.maxima)
+        return plan_of(place, given, *recalled)
 
     monkeypatch.setattr(cuda_select_topk, "_plan_of", watched)
     return seen

@@ -209,3 +209,15 @@ def test_tensors_are_not_kept_alive(emulated: Any, rng: torch.Generator) -> None
     references = [weakref.ref(x) for x in (*squares, *grads)]
     del squares, grads
     assert not any(reference() is not None for reference in references)
+
+
+def test_a_tensor_at_a_dead_ones_id_goes_its_own_way(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids are used again, by tensors of another device as well."""
+    scores, square = torch.rand(1000, generator=rng), torch.zeros(1000)
+    monkeypatch.setattr(_cuda_runtime, "_first_ids", {id(scores), id(square)})
+    found = piece_ops.select_topk(scores, 10)
+    assert int(found.indices.numel()) == 10
+    piece_ops.accumulate_squares_(square, scores)
+    assert_all_bits_equal([square], [scores * scores])

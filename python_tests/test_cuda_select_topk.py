@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from piece_ops import functional
 from piece_ops.backends import _cuda_runtime, cpu, cuda, cuda_select_topk
+from piece_ops.backends.cuda_select_topk import Arguments, select
 from piece_ops.functional import Score, select_topk
 
 from helpers import emulated
@@ -79,7 +80,7 @@ def run(
     ks = k if isinstance(k, list) else [k]
     arguments = (list(first), list(second), ks, list(exclude), score, constant, 7, nan, algorithm)
     ways: list[str] = []
-    got = cuda_select_topk.select_topk_by_maxima(*arguments, list(maxima), ways)
+    got = select(Arguments(*arguments, list(maxima)), ways).tensors()
     want = cpu.select_topk(*arguments)
     for name, a, b in zip(("indices", "counts", "thresholds", "ties"), got, want, strict=True):
         if name == "thresholds":  # NaN are alike
@@ -317,7 +318,7 @@ def test_nan_under_maxima(extension: ModuleType, algorithm: str, rng: Generator)
         run(scores, k, nan="lowest", algorithm=algorithm, maxima=maxima)
         arguments = (scores, [], [k], [], "plain", 0.0, 0, "raise", algorithm)
         want = error_of(lambda a=arguments: cpu.select_topk(*a))
-        got = error_of(lambda a=arguments: cuda_select_topk.select_topk_by_maxima(*a, maxima))
+        got = error_of(lambda a=arguments: select(Arguments(*a, maxima)))
         assert got == want
 
 
@@ -331,7 +332,7 @@ def test_only_chunks_that_reach_the_bound_are_read(extension: ModuleType, rng: G
     for algorithm in ALGORITHMS:
         arguments = ([x], [], [100], [], "plain", 0.0, 0, "raise", algorithm)
         ways: list[str] = []
-        got = cuda_select_topk.select_topk_by_maxima(*arguments, maxima, ways)
+        got = select(Arguments(*arguments, maxima), ways).tensors()
         if ways == ["maxima"]:
             assert_bits_equal(got[0], want[0])
     assert ways == ["maxima"]

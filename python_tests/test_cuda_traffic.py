@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from piece_ops.backends import cpu, cuda_select_topk
+from piece_ops.backends import cpu
+from piece_ops.backends.cuda_select_topk import Arguments, select
 
 from helpers import emulated
 from helpers.cases import F32, draw
@@ -47,7 +48,7 @@ def reads(extension: ModuleType, scores: Tensor, k: int, algorithm: str = "auto"
     arguments = ([x], [], [k], [], "plain", 0.0, 7, "raise", algorithm)
     extension.watch(x.data_ptr(), n_bytes)
     ways: list[str] = []
-    got = cuda_select_topk.select_topk_by_maxima(*arguments, [], ways)
+    got = select(Arguments(*arguments, []), ways).tensors()
     touched = extension.touched_pages()
     extension.watch(0, 0)
     assert_bits_equal(got[0], cpu.select_topk(*arguments)[0], f"by {ways}")
@@ -132,7 +133,7 @@ def test_only_chunks_that_matter_are_read(extension: ModuleType, rng: Generator)
     for watched in (memory, of_chunks):
         extension.watch(watched.data_ptr(), watched.numel() * 4)
         ways: list[str] = []
-        got = cuda_select_topk.select_topk_by_maxima(*arguments, [*of_chunks.split(1)], ways)
+        got = select(Arguments(*arguments, [*of_chunks.split(1)]), ways).tensors()
         found.append(extension.touched_pages())
         extension.watch(0, 0)
         assert ways == ["sample"]

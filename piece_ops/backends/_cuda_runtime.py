@@ -270,7 +270,8 @@ class Recall:
             _first_ids.add(id(next(chain(*self._lists))))
 
 
-# Of the first tensors of lists that are remembered; an old one costs a look in vain.
+# Of the first tensors of lists that are remembered. An old one, which another object may have by
+# now, costs a look in vain.
 _first_ids: set[int] = set()
 
 
@@ -281,6 +282,8 @@ def may_know(first: Tensor) -> bool:
     can happen to them in the dispatcher, which costs 0.07 to 0.1 us a tensor.
     """
     if torch.compiler.is_compiling() or id(first) not in _first_ids:
+        return False
+    if not runtime.takes(first):  # another object by now, at a dead one's id
         return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,33 @@ class Found:
         )
 
 
+class Arguments(NamedTuple):
+    """Of ``torch.ops.piece_ops.select_topk``, and what accumulations have left of the scores.
+
+    Attributes
+    ----------
+    maxima : list of Tensor, float32, contiguous, [(n_t + 31) // 32] each
+        What ``accumulate_squares_and_maxima_`` left for this score; empty: read everything. Used
+        by a selection over all tensors of float32, bfloat16 or float16. **Unchecked:** that they
+        are the maxima of these scores; one that is too small hides its chunk.
+    """
+
+    first: list[Tensor]
+    second: list[Tensor]
+    k: list[int]
+    exclude: list[Tensor]
+    score: str
+    constant: float
+    seed: int
+    nan: str
+    algorithm: str
+    maxima: list[Tensor]
+
+    def check(self) -> None:
+        _schema.check_select_topk(*self[:-1])
+        _check_maxima(self.first, self.maxima)
+
+
 @dataclass
 class _Plan:
     """A selection that was checked and laid out: over its table, nothing else can differ."""
@@ -93,163 +120,90 @@ def select_topk(
     nan: str,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
-    if not first:
-        _schema.check_select_topk(*arguments)
-    place = place_of("select_topk", first[0])
-    plan, recall = _plan_of(place, *arguments, [])
+    given = Arguments(first, second, k, exclude, score, constant, seed, nan, algorithm, [])
+    place = _place_of(given)
+    plan, recall = _plan_of(place, given)
     results = _run(place, plan, exclude).tensors()
     if recall is not None:
         recall.remember()
     return results
 
 
-def select_topk_by_maxima(
-    first: list[Tensor],
-    second: list[Tensor],
-    k: list[int],
-    exclude: list[Tensor],
-    score: str,
-    constant: float,
-    seed: int,
-    nan: str,
-    algorithm: str,
-    maxima: list[Tensor],
-    ways: list[str] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``select_topk`` that reads only the chunks of 32 scores whose maximum can matter.
+def select(given: Arguments, ways: list[str] | None = None) -> Found:
+    """Select; with `maxima` read only the chunks of 32 scores whose maximum can matter.
 
     Parameters
     ----------
-    first, second, k, exclude, score, constant, seed, nan, algorithm
-        As for ``torch.ops.piece_ops.select_topk``.
-    maxima : list of Tensor, float32, contiguous, [(n_t + 31) // 32] each
-        What ``accumulate_squares_and_maxima_`` left for this score; empty: read everything. Used
-        by a selection over all tensors of float32, bfloat16 or float16. **Unchecked:** that they
-        are the maxima of these scores; one that is too small hides its chunk.
+    given : Arguments
     ways : list of str, optional
         Filled with the ways that were tried, out of `WAYS`, in turn.
-
-    Returns
-    -------
-    indices, counts, thresholds, ties_kept : Tensor
-        The first on the device, the others on the host.
     """
-    return select(
-        first, second, k, exclude, score, constant, seed, nan, algorithm, maxima, ways
-    ).tensors()
+    place = _place_of(given)
+    plan, _ = _plan_of(place, given)
+    return _run(place, plan, given.exclude, ways)
 
 
-def select(
-    first: list[Tensor],
-    second: list[Tensor],
-    k: list[int],
-    exclude: list[Tensor],
-    score: str,
-    constant: float,
-    seed: int,
-    nan: str,
-    algorithm: str,
-    maxima: list[Tensor],
-    ways: list[str] | None = None,
-) -> Found:
-    """``select_topk_by_maxima`` whose small results are plain numbers."""
-    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
-    if not first:
-        _schema.check_select_topk(*arguments)
-    place = place_of("select_topk", first[0])
-    plan, _ = _plan_of(place, *arguments, maxima)
-    return _run(place, plan, exclude, ways)
-
-
-def select_known(
-    first: list[Tensor],
-    second: list[Tensor],
-    k: list[int],
-    exclude: list[Tensor],
-    score: str,
-    constant: float,
-    seed: int,
-    nan: str,
-    algorithm: str,
-) -> Found | None:
-    """`select` without maxima, if these very tensors came before; else None."""
-    if not may_know(first[0]):
+def select_known(given: Arguments) -> Found | None:
+    """`select`, if these very tensors came before, without maxima; else None."""
+    if not may_know(given.first[0]):
         return None
-    place = place_of("select_topk", first[0])
-    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
-    recall, of_table, key = _recall(place, *arguments, [])
-    if not recall.knows_each:
+    place = _place_of(given)
+    recalled = _recall(place, given)
+    if not recalled[0].knows_each:
         return None
-    plan, _ = _plan_of(place, *arguments, [], (recall, of_table, key))
-    return _run(place, plan, exclude)
+    plan, _ = _plan_of(place, given, recalled)
+    return _run(place, plan, given.exclude)
 
 
-def _recall(
-    place: Place,
-    first: list[Tensor],
-    second: list[Tensor],
-    k: list[int],
-    exclude: list[Tensor],
-    score: str,
-    constant: float,
-    seed: int,
-    nan: str,
-    algorithm: str,
-    maxima: list[Tensor],
-) -> tuple[Recall, bool, Any]:
+def _place_of(given: Arguments) -> Place:
+    if not given.first:
+        given.check()
+    return place_of("select_topk", given.first[0])
+
+
+def _recall(place: Place, given: Arguments) -> tuple[Recall, bool, Any]:
     """The recall of a selection's lists; whether it is by tensor; the key of its plan."""
     if place.capturing:
         raise RuntimeError(
             f"piece_ops.{place.op}: must be called outside a CUDA graph's capture, got a capturing "
             "stream: the host reads the report to raise for NaN and to know the counts"
         )
+    first, k = given.first, tuple(given.k)
     by_tensor = len(k) > 1
-    if not by_tensor and len(first) == 1 and algorithm == "auto" and not maxima:
+    if not by_tensor and len(first) == 1 and given.algorithm == "auto" and not given.maxima:
         by_tensor = first[0].numel() <= place.module.SMALL_TOPK  # one launch, by one block
     # What the table depends on; k only where every tensor has its own row's.
-    of_table = (by_tensor, score, tuple(k) if by_tensor else ())
-    recall = Recall(place, (first, second, exclude, maxima), of_table)
-    return recall, by_tensor, (tuple(k), constant, seed, nan, algorithm)
+    of_table = (by_tensor, given.score, k if by_tensor else ())
+    recall = Recall(place, (first, given.second, given.exclude, given.maxima), of_table)
+    return recall, by_tensor, (k, given.constant, given.seed, given.nan, given.algorithm)
 
 
 def _plan_of(
-    place: Place,
-    first: list[Tensor],
-    second: list[Tensor],
-    k: list[int],
-    exclude: list[Tensor],
-    score: str,
-    constant: float,
-    seed: int,
-    nan: str,
-    algorithm: str,
-    maxima: list[Tensor],
-    recalled: tuple[Recall, bool, Any] | None = None,
+    place: Place, given: Arguments, recalled: tuple[Recall, bool, Any] | None = None
 ) -> tuple[_Plan, Recall | None]:
     """The plan that is kept, or a new one; with the recall if the lists were new."""
-    arguments = (first, second, k, exclude, score, constant, seed, nan, algorithm)
-    recall, by_tensor, key = recalled or _recall(place, *arguments, maxima)
+    recall, by_tensor, key = recalled or _recall(place, given)
     table = recall.table
     if table is not None and key in table.plans:
         return table.plans[key], None
-    _schema.check_select_topk(*arguments)
-    _check_maxima(first, maxima)
-    numels, excluded = sizes(first), sizes(exclude)
+    given.check()
+    k = given.k
+    numels, excluded = sizes(given.first), sizes(given.exclude)
     _schema.check_k(k, numels, excluded)
     columns: list[Sequence[int]] = [
-        addresses(first),
+        addresses(given.first),
         numels,
-        dtypes(first),
-        addresses(second),
-        dtypes(second),
-        addresses(exclude),
+        dtypes(given.first),
+        addresses(given.second),
+        dtypes(given.second),
+        addresses(given.exclude),
         excluded,
-        addresses(maxima),
+        addresses(given.maxima),
     ]
-    code = _schema.SCORE_CODES[score]
-    rules = (nan == "lowest", _schema.ALGORITHM_CODES[algorithm])
-    selection = place.module.CudaSelectTopk(*columns, k, by_tensor, code, constant, seed, *rules)
+    code = _schema.SCORE_CODES[given.score]
+    rules = (given.nan == "lowest", _schema.ALGORITHM_CODES[given.algorithm])
+    formula = (code, given.constant, given.seed)
+    selection = place.module.CudaSelectTopk(*columns, k, by_tensor, *formula, *rules)
     with place.guard:
         of_table = [*columns, k if by_tensor else [], [by_tensor, code]]
         made = table or table_of(place, lambda *_: selection.table(), *of_table, key=recall.key)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piece_ops.backends import cpu, cuda_select_topk
+from piece_ops.backends import cpu
+from piece_ops.backends.cuda_select_topk import Arguments, select
 
 from helpers.cases import BF16, F16, F32, draw, some_positions
 
@@ -54,7 +55,7 @@ def cases(g: torch.Generator) -> Iterator[tuple[str, Run, Run]]:
         a = (first, list(second), k, list(exclude), score, 0.5, 3, nan, algorithm)
         return (
             f"select_topk {name} {algorithm}",
-            lambda: list(cuda_select_topk.select_topk_by_maxima(*a, list(maxima))),
+            lambda: list(select(Arguments(*a, list(maxima))).tensors()),
             lambda: list(cpu.select_topk(*a)),
         )
 
