@@ -54,6 +54,8 @@ class Study:
         With the first one rates are chosen; every chosen rate is measured with each.
     choose_on : int, optional
         Rates are chosen on so many tasks, from the first; None: all.
+    rows : dict of str to int
+        How many rows of each task are measured on: ``{"eval": ..., "test": ...}``; {}: all.
     same_rate : dict of str to str
         Variants that take the rate of another one instead of choosing their own.
     choose, rule : callable, str
@@ -66,6 +68,7 @@ class Study:
     command: Callable[[Path, Path, Sequence[str]], list[str]]
     seeds: tuple[int, ...] = (0,)
     choose_on: int | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
     same_rate: Mapping[str, str] = field(default_factory=dict)
     choose: Callable[[Sequence[dict[str, Any]]], float] = field(default=lambda r: best_rate(r))
     rule: str = (
@@ -80,6 +83,7 @@ class Study:
             *self.command(model, data, tasks),
             *job.variant.options,
             *("--lr", f"{job.lr:g}", "--seed", str(job.seed), "--held-out", job.held_out),
+            *(("--held-out-rows", str(self.rows[job.held_out])) if self.rows else ()),
             *("--out", str(out), "--overwrite"),
         ]
 
@@ -161,18 +165,28 @@ class Comparison:
         For ``compare.jsonl`` and the runs.
     jobs : int
         Runs at a time.
+    device : {"cpu", "cuda"}
+        Where they run. A run that was finished on another one counts as finished.
     """
 
-    def __init__(self, study: Study, model: Path, data: Path, folder: Path, jobs: int = 1) -> None:
+    def __init__(
+        self,
+        study: Study,
+        model: Path,
+        data: Path,
+        folder: Path,
+        jobs: int = 1,
+        device: str = "cpu",
+    ) -> None:
         self.study, self.model, self.data, self.folder = study, model, data, folder
-        self.jobs = jobs
+        self.jobs, self.device = jobs, device
         self.lines = folder / "compare.jsonl"
         self.digest = data_digest(data, study.tasks)
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def _key(self, job: Job) -> str:
-        """Name a run by everything that decides its numbers."""
+        """Name a run by everything that decides its numbers, but for where they are rounded."""
         command = self.study.run_command(Path("model"), Path("data"), Path("out"), job)
         text = json.dumps([job.variant.name, command, self.digest])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -200,9 +214,10 @@ class Comparison:
         out = self.folder / str(job)
         command = self.study.run_command(self.model, self.data, out, job)
         child = [sys.executable, "-m", "piece_ops", *command, "--no-save-model"]
+        child += ["--device", self.device]
         status = subprocess.run(child, check=False).returncode
         if status != 0:
-            raise DemoError(f"demo: the run {job} ended with status {status}")
+            raise DemoError(f"the run {job} ended with status {status}")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         line = {"key": key, **summarise(results, job.held_out, job.variant.name)}
         with self._lock, self.lines.open("a", encoding="utf-8") as stream:
