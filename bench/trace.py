@@ -189,9 +189,9 @@ def page(study: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct learns FOMC, NumGLUE-cm and ScienceQA one after another, 200 "
         f"training rows each. Recorded until {study['date']}. {places(study['chosen'])}",
         f"Each method at the best of its learning rates: {study['rule']}, on the first task with "
-        f"seed {STUDY.seeds[0]} ({chosen_on} rows, the recorded ones in batches of 20). Measured on {measured_on} test rows a task "
-        "(NumGLUE-cm has 81), the same for every seed: the standard error of one score is up to "
-        "3.5 points (NumGLUE-cm: 5.6), of OP and gain 2.5.",
+        f"seed {STUDY.seeds[0]} ({chosen_on} rows, the recorded ones in batches of 20). Measured "
+        f"on {measured_on} test rows a task (NumGLUE-cm has 81), the same for every seed: the "
+        "standard error of one score is up to 3.5 points (NumGLUE-cm: 5.6), of OP and gain 2.5.",
         f"## Means over seeds ({', '.join(map(str, seeds))})",
         f"{RECORDED}```\n{summary_table(study['chosen'])}\n```",
         "OP, BWT, gain in points: mean score at the end; its change on earlier tasks since each "
