@@ -79,7 +79,8 @@ class Case:
 
     ``k``: how many of the n elements are selected (0: none are); ``tensors``: in how many they lie.
     ``measured``: rows of a case whose peers cannot be in memory together, made with it.
-    ``peer_seconds``: what the timed calls of one peer may take together.
+    ``peer_seconds``: what the timed calls of one peer may take together; ``least_rounds``: how many
+    it gets all the same. With 1 a first call that takes longer is the result, cold as it is.
 
     The module of an op has ``cases(quick)``: names, each with a function that builds the case, so
     that one case's inputs are gone before the next one's are made.
@@ -93,6 +94,7 @@ class Case:
     targets: list[Target] = field(default_factory=list)
     measured: list[Row] = field(default_factory=list)
     peer_seconds: float = 4.0
+    least_rounds: int = 1
     k: int = 0
     tensors: int = 1
 
@@ -220,9 +222,10 @@ def _timed_call(peer: Peer) -> float:
     return timed(peer.run)()[1]
 
 
-def _rounds(seconds: float, limit: float, quick: bool) -> int:
+def _rounds(seconds: float, case: Case, quick: bool) -> int:
     """Timed calls of a peer that takes this long."""
-    return min(3 if quick else MOST_ROUNDS, max(1, int(limit / max(seconds, 1e-9))))
+    fitting = int(case.peer_seconds / max(seconds, 1e-9))
+    return min(3 if quick else MOST_ROUNDS, max(case.least_rounds, fitting))
 
 
 def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: None) -> list[Row]:
@@ -235,13 +238,13 @@ def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: 
         rows.append(row)
         if row.status != "ok":
             counts.append(0)
-        elif seconds >= case.peer_seconds:
+        elif seconds >= case.peer_seconds and case.least_rounds == 1:
             row.times_ms.append(seconds * 1e3)
             counts.append(0)
         else:  # the first call also paid for page faults and state
             if seconds < LONG:
                 seconds = min(seconds, _timed_call(peer))
-            counts.append(_rounds(seconds, case.peer_seconds, quick))
+            counts.append(_rounds(seconds, case, quick))
     gc.collect()
     gc.disable()
     try:

@@ -18,7 +18,7 @@ from piece_ops.selection import Selection
 
 from helpers.cases import BF16, F32, draw
 from helpers.compare import assert_bits_equal
-from helpers.emulated import EmulatedRuntime, build, cuda_implementations, emulation, load
+from helpers.emulated import EmulatedRuntime, build, emulation, load, route_cpu_tensors
 from helpers.plain_importance import BATCHES
 from helpers.tiny_models import llama
 
@@ -37,10 +37,8 @@ def extension() -> ModuleType:
 def emulated(extension: ModuleType) -> Iterator[EmulatedRuntime]:
     """Inside, piece_ops.<op> runs emulated kernels, Importance as on a GPU."""
     extension.set_device(2, 2)
-    library = torch.library.Library("piece_ops", "IMPL")
     with emulation(extension) as runtime:
-        for op, function in cuda_implementations().items():
-            library.impl(op, function, "CPU", allow_override=True)
+        library = route_cpu_tensors()
         yield runtime
     library._destroy()
 

@@ -17,7 +17,7 @@ from piece_ops import functional
 from piece_ops.backends import _cuda_runtime
 
 from helpers.compare import assert_all_bits_equal
-from helpers.emulated import EmulatedRuntime, build, cuda_implementations, emulation, load
+from helpers.emulated import EmulatedRuntime, build, emulation, load, route_cpu_tensors
 
 pytestmark = [
     pytest.mark.skipif(
@@ -39,10 +39,8 @@ def extension() -> ModuleType:
 def emulated(extension: ModuleType) -> Iterator[EmulatedRuntime]:
     """Inside, piece_ops.<op> runs emulated kernels."""
     extension.set_device(2, 2)
-    library = torch.library.Library("piece_ops", "IMPL")
     with emulation(extension) as runtime:
-        for op, function in cuda_implementations().items():
-            library.impl(op, function, "CPU", allow_override=True)
+        library = route_cpu_tensors()
         yield runtime
     library._destroy()
 
