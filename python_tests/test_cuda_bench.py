@@ -29,7 +29,7 @@ from bench.cuda_timing import HostPeer, Peer, Plan
 from bench.harness import Absent, Row
 from piece_ops.backends import _cuda_runtime
 
-from helpers.emulated import build, cuda_implementations, emulation, load
+from helpers.emulated import build, emulation, load, route_cpu_tensors
 
 # Before torch.Generator is replaced, which its annotations name.
 importlib.import_module("transformers.models.llama.modeling_llama")
@@ -67,14 +67,11 @@ def extension() -> ModuleType:
 @pytest.fixture
 def emulated(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """piece_ops.<op> as the benchmark calls it runs emulated kernels."""
-    ops = cuda_implementations()
-    library = torch.library.Library("piece_ops", "IMPL")
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device: generator())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with emulation(extension), CudaMeansCpu():
-        for op, function in ops.items():
-            library.impl(op, function, "CPU", allow_override=True)
+        library = route_cpu_tensors()
         yield
     library._destroy()
 
