@@ -138,7 +138,7 @@ def test_python_arrows_point_down() -> None:
     [
         ("piece_ops/backends/cpu.py", "from piece_ops.functional import gather", "upward"),
         ("piece_ops/backends/cpu.py", "from ..functional import gather", "upward"),
-        ("piece_ops/_schema.py", "def f():\n    import piece_ops.cli", "upward"),
+        ("piece_ops/_schema/total.py", "def f():\n    import piece_ops.cli", "upward"),
         ("piece_ops/functional.py", "from . import importance", "upward"),
         ("piece_ops/functional.py", "from piece_ops._inject import inject", "upward"),
         ("piece_ops/_inject.py", "from piece_ops.training import run", "upward"),
