@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cuda_lists, cuda_others, cuda_select_topk, cuda_step
+from bench import cuda_lists, cuda_others, cuda_select_topk, cuda_step, cuda_sweep
 from bench.cuda_timing import Plan, run_plans
 
 
@@ -29,12 +29,17 @@ def plans() -> Iterator[Plan]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="list the cases; needs no GPU")
+    parser.add_argument("--sweep", action="store_true", help="constants to choose, not the cases")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", default="", help="cases whose first line contains this text")
     parser.add_argument("--seconds", type=float, default=450.0, help="begin no case after these")
     parser.add_argument("--out", type=Path, help="JSON lines are written here")
     args = parser.parse_args(argv)
-    chosen = [plan for plan in plans() if args.only in f"{plan.op}: {plan.name}"]
+    chosen = [
+        plan
+        for plan in (cuda_sweep.plans if args.sweep else plans)()
+        if args.only in f"{plan.op}: {plan.name}"
+    ]
     if args.dry:
         print(*chosen, sep="\n")
         return 0

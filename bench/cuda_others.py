@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import piece_ops
 from bench.cuda_lists import SPARSE_K, equal, llama_8b, spread
@@ -19,34 +21,58 @@ MM = "torch.mm, the batch's gradient, no squares"
 GEMM = "dense GEMM, bfloat16"
 
 
-def per_sample_squares(out: int, features: int, samples: int, length: int) -> list[Peer]:
-    """bfloat16; the first peer is the batch's ordinary weight gradient, without squares."""
-    tokens = samples * length
-    grad = torch.randn(tokens, out, device="cuda").to(torch.bfloat16)
-    x = torch.randn(tokens, features, device="cuda").to(torch.bfloat16)
-    offsets = torch.arange(samples + 1) * length
-    squares = torch.zeros(out, features, device="cuda")
-    sums = torch.zeros_like(squares)
-    parts = list(zip(grad.split(length), x.split(length), strict=True))
+@dataclass
+class Samples:
+    """Factors of a Linear's per-sample gradients, bfloat16, and their accumulators."""
 
-    def check(_: Any) -> str | None:
-        want = sum((g[:, :512].double().T @ y.double()).square() for g, y in parts)
-        error = float((squares[:512].double() - want).abs().max() / want.max())
+    grad: Tensor
+    x: Tensor
+    offsets: Tensor
+    squares: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, out: int, features: int, samples: int, length: int) -> Samples:
+        tokens = samples * length
+        grad, x = (
+            torch.randn(tokens, n, device="cuda").to(torch.bfloat16) for n in (out, features)
+        )
+        squares = torch.zeros(out, features, device="cuda")
+        offsets = torch.arange(samples + 1) * length
+        return cls(grad, x, offsets, squares, torch.zeros_like(squares))
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        sizes = self.offsets.diff().tolist()
+        return zip(self.grad.split(sizes), self.x.split(sizes), strict=True)
+
+    def check(self, _: Any) -> str | None:
+        """Whether one call on fresh accumulators left their squares."""
+        want = sum((g[:, :512].double().T @ x.double()).square() for g, x in self.parts())
+        error = float((self.squares[:512].double() - want).abs().max() / want.max())
         return None if error < 1e-4 else f"off by {error:.1e} of the largest"
 
+    def product(self) -> Peer:
+        """The batch's ordinary weight gradient, without squares."""
+        return Peer(MM, lambda: self.grad.T @ self.x)
+
+
+def per_sample_squares(out: int, features: int, samples: int, length: int) -> list[Peer]:
+    data = Samples.of(out, features, samples, length)
+    factors = (data.grad, data.x, data.offsets)
+
     def loop() -> Any:
-        for g, y in parts:
-            piece_ops.accumulate_squares_(squares, g.T @ y)
+        for g, x in data.parts():
+            piece_ops.accumulate_squares_(data.squares, g.T @ x)
 
     def ours() -> Any:
-        piece_ops.accumulate_per_sample_squares_(squares, grad, x, offsets)
+        piece_ops.accumulate_per_sample_squares_(data.squares, *factors)
 
     def both() -> Any:
-        piece_ops.accumulate_per_sample_squares_(squares, grad, x, offsets, sums)
+        piece_ops.accumulate_per_sample_squares_(data.squares, *factors, data.sums)
 
     return [
-        Peer(MM, lambda: grad.T @ x),
-        Peer("piece_ops", ours, check, role="ours"),
+        data.product(),
+        Peer("piece_ops", ours, data.check, role="ours"),
         Peer("piece_ops, squares and sums", both, role="ours"),
         Peer("torch.mm a sample, accumulate_squares_", loop),
     ]

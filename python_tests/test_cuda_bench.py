@@ -21,13 +21,14 @@ from bench import (
     cuda_others,
     cuda_select_topk,
     cuda_step,
+    cuda_sweep,
     cuda_timing,
     harness,
     report,
 )
 from bench.cuda_timing import HostPeer, Peer, Plan
 from bench.harness import Absent, Row
-from piece_ops.backends import _cuda_runtime
+from piece_ops.backends import _cuda_runtime, cuda_full_rows
 
 from helpers.emulated import build, emulation, load, route_cpu_tensors
 
@@ -104,6 +105,7 @@ def answers(peers: list[Peer]) -> dict[str, Any]:
         lambda: cuda_select_topk.piece_s(100_000, 100),
         lambda: cuda_step.step(2, 8, 1, TINY_LLAMA),
         lambda: cuda_step.importance(2, 8, 1, TINY_LLAMA),
+        lambda: cuda_sweep.full_rows(40, 72, 300, 0.05, 0.5, torch.bfloat16),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -139,10 +141,38 @@ def test_topk_of_parts_is_topk(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the table --------------------------------------------------------------------------------
 
 
-def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--dry"]) == 0
+@pytest.mark.filterwarnings("ignore")
+def test_a_sweep_goes_both_ways(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One way computes no row whole, the other one all; the limits in use come back."""
+    whole = []
+    fill = cuda_full_rows.fill
+    monkeypatch.setattr(cuda_full_rows, "fill", lambda *a: whole.append(a) or fill(*a))
+    usual = cuda_full_rows.LEAST, cuda_full_rows.SHARE, cuda_full_rows._plans
+    _, one_by_one, products = cuda_sweep.full_rows(40, 72, 300, 0.05, 1.0, torch.float32)
+    one_by_one.run()
+    assert not whole
+    products.run()
+    assert len(whole) == 1
+    assert usual == (cuda_full_rows.LEAST, cuda_full_rows.SHARE, cuda_full_rows._plans)
+
+
+def test_the_tilings_in_use_are_swept() -> None:
+    kernel = pytest.importorskip("piece_ops.backends.triton.accumulate_per_sample_squares")
+    swept = [kernel.Tiling(*shape) for shape in cuda_sweep.TILINGS]
+    assert kernel.TMA_TILING in swept
+    assert kernel.TMA_TILING_HALF in swept
+    assert kernel.FEW_TOKENS in cuda_sweep.LENGTHS
+
+
+@pytest.mark.parametrize(
+    ("options", "all_plans"), [([], bench.plans), (["--sweep"], cuda_sweep.plans)]
+)
+def test_the_table_needs_no_gpu(
+    capsys: pytest.CaptureFixture[str], options: list[str], all_plans: Callable[[], Iterator[Plan]]
+) -> None:
+    assert bench.main([*options, "--dry"]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("    ")]
-    plans = list(bench.plans())
+    plans = list(all_plans())
     assert len(lines) == len(plans) == len({(plan.op, plan.name) for plan in plans})
     for line, plan in zip(lines, plans, strict=True):
         assert "must move" in line or not plan.floor_bytes, line
