@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from piece_ops.importance.batches import Samples
+from piece_ops.importance.elementwise import agree, rows_of_tokens
 from piece_ops.importance.layouts import ModuleLayout, offsets
 from piece_ops.importance.passes import LossFunction, check_loss, loss_of, prepared
 from piece_ops.importance.rules import (
@@ -220,35 +221,17 @@ class BatchedPass:
     def _add(self, uses: dict[str, list[Use]]) -> None:
         self.touched += len(uses)
         each = {n: u for n, u in uses.items() if isinstance(u[0], Each)}
-        self._taps.paused = True  # modules may run again
-        try:
+        with self._taps.pausing():
             self._sums.add_each(each)  # type: ignore[arg-type]
             for name in uses.keys() - each.keys():
                 self._sums.add(name, uses[name])
             for name in uses:
                 self._to.close(name)
-        finally:
-            self._taps.paused = False
 
     def _uses(self, call: _Call, given: list[Tensor], grads: list[Tensor | None]) -> dict[str, Use]:
         own, grid = self._own[call.module], self._samples.grid
         if call.kind == "module":
-            tensors = iter(given)
-            leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in call.leaves]
-            parameters = {name: self._candidates[name] for name in own.values()}
-            again = Rerun(
-                call.module,
-                parameters,
-                (leaves, call.spec),
-                grads,
-                call.layout,
-                grid,
-                call.context,
-            )
-            return {
-                name: Each(lambda n, name=name: again.gradient(name, n))  # type: ignore[misc]
-                for name in parameters
-            }
+            return self._uses_of_module(call, given, grads)
         (grad,) = grads
         assert grad is not None
         bounds, tokens = offsets(grad.shape, grid), grad.reshape(-1, grad.shape[-1])
@@ -268,6 +251,44 @@ class BatchedPass:
         sides = (tokens, inputs) if call.kind == "linear" else (inputs, tokens)
         found[own["weight"]] = Product(*sides, bounds)
         return found
+
+    def _uses_of_module(
+        self, call: _Call, given: list[Tensor], grads: list[Tensor | None]
+    ) -> dict[str, Use]:
+        """By running it again: once if its parameters are elementwise, else once a sample."""
+        own, grid = self._own[call.module], self._samples.grid
+        tensors = iter(given)
+        leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in call.leaves]
+        arguments = (leaves, call.spec)
+        parameters = {name: self._candidates[name] for name in own.values()}
+        again = Rerun(call.module, parameters, arguments, grads, call.layout, grid, call.context)
+        alone = {name: lambda n, name=name: again.gradient(name, n) for name in parameters}
+        each = self._each_at_once(call, leaves, grads, alone)
+        return {name: Each(gradient) for name, gradient in (each or alone).items()}
+
+    def _each_at_once(
+        self,
+        call: _Call,
+        leaves: list[Any],
+        grads: list[Tensor | None],
+        alone: Mapping[str, Callable[[int], Tensor | None]],
+    ) -> dict[str, Callable[[int], Tensor]] | None:
+        """Of a module whose parameters are elementwise; None: they are not."""
+        known = self._plan.elementwise
+        if not known.get(call.module, True):
+            return None
+        with self._taps.pausing():
+            own, grid = self._own[call.module], self._samples.grid
+            rows = rows_of_tokens(call.module, own, (leaves, call.spec), grads, call.context)
+            each = {
+                name: sum_rows(found.reshape(-1, found.shape[-1]), offsets(found.shape, grid))
+                for name, found in (rows or {}).items()
+            }
+            if call.module not in known:
+                known[call.module] = rows is not None and all(
+                    agree(each[name], alone[name], grid.count) for name in each
+                )
+        return each if known[call.module] and each else None
 
     @staticmethod
     def _narrow(use: Product, tokens: list[Tensor]) -> Product:

@@ -5,8 +5,9 @@ over all uses of the parameter (tied weights, a module called several times) bef
 
 - `Product`, the weight of a linear layer: G_n^T X_n, by `accumulate_per_sample_squares_`;
 - `Rows`, the weight of an embedding: rows of G, added up by token;
-- `Each`, anything else, one sample after another: a bias sums rows of G, other parameters get
-  their gradient from their own module, run again on the sample's part alone (`Rerun`).
+- `Each`, anything else, one sample after another: a bias sums rows of G, and so does what enters
+  element by element (see `elementwise`); other parameters get their gradient from their own module,
+  run again on the sample's part alone (`Rerun`).
 
 With H_n from products and E_n from rows, (H_n + E_n)^2 = H_n^2 + 2 H_n E_n + E_n^2, where E_n is
 zero but for the rows of the sample's own tokens.
@@ -149,6 +150,11 @@ def _requiring_grad(parameters: Any) -> Iterator[None]:
 def sum_rows(grad: Tensor, bounds: Tensor) -> Callable[[int], Tensor]:
     """The gradient of a bias: the sum over a sample's tokens, in float32."""
     places = bounds.tolist()
+    lengths = {end - begin for begin, end in itertools.pairwise(places)}
+    if len(lengths) == 1:  # all at once
+        by_sample = grad.reshape(len(places) - 1, lengths.pop(), grad.shape[-1])
+        sums = by_sample.sum(1, dtype=torch.float32)
+        return lambda n: sums[n]
     return lambda n: grad[places[n] : places[n + 1]].sum(0, dtype=torch.float32)
 
 

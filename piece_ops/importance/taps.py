@@ -70,7 +70,7 @@ class Taps:
             for parameter in parameters:
                 self._owners.setdefault(id(parameter), set()).add(module)
         self._joint: list[Any] = []  # hooks on several results: they and the graph hold each other
-        self.in_forward = self.paused = False
+        self.in_forward = self._paused = False
         self.readers: dict[int, set[nn.Module | None]] = {}
 
     @contextmanager
@@ -108,6 +108,15 @@ class Taps:
             self.in_forward = False
             self._stack.clear()
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Inside, modules may run again: their calls are nobody's business."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _enter(self, module: nn.Module, _args: Any) -> None:
         if self.in_forward:
             self._stack.append(module)
@@ -115,7 +124,7 @@ class Taps:
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self.in_forward and self._stack:
             self._stack.pop()
-        if self.paused or output is None:  # None: the module raised
+        if self._paused or output is None:  # None: the module raised
             return None
         return self._on_call(module, (args, kwargs), output)
 

@@ -52,6 +52,7 @@ class Plan:
     conventions: tuple[str, ...] = ()
     coupled: str = ""  # why nothing may be batched
     shares: bool = True  # whether results are given a row for every sample (see `share`)
+    elementwise: dict[nn.Module, bool] = field(default_factory=dict)  # see `elementwise.agree`
 
 
 def choose_pair(samples: Samples) -> tuple[int, int] | None:
