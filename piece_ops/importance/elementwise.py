@@ -43,11 +43,12 @@ def rows_of_tokens(
         return _of_norm(normed, module, own, args[0] if args else kwargs["input"], grad)
     try:
         with context(), torch.enable_grad(), _a_copy_a_token(module, own, grad.shape) as copies:
-            results = [x for x in pytree.tree_leaves(module.forward(*args, **kwargs))]
-            if len(results) != 1 or results[0].shape != grad.shape or not results[0].requires_grad:
+            results = pytree.tree_leaves(module.forward(*args, **kwargs))
+            (result,) = results
+            if result.shape != grad.shape or not result.requires_grad:
                 return None
             found = torch.autograd.grad(
-                results, list(copies.values()), [grad.to(results[0].dtype)], allow_unused=True
+                result, list(copies.values()), grad.to(result.dtype), allow_unused=True
             )
     except (RuntimeError, ValueError, TypeError, IndexError):  # it wants its parameter's own shape
         return None
