@@ -9,7 +9,7 @@ piece_ops_add_module(_emulation
   csrc/binding/errors.cpp)
 add_library(piece_ops_simt OBJECT
   csrc/test/simt/fibers.cpp csrc/test/simt/grid.cpp csrc/test/simt/meetings.cpp
-  csrc/test/simt/traffic.cpp)
+  csrc/test/simt/copies.cpp csrc/test/simt/traffic.cpp)
 # Mistakes that must be noticed; run by python_tests/test_cuda_simt.py.
 add_executable(planted csrc/test/simt/planted.cpp)
 foreach(target _emulation planted piece_ops_simt)

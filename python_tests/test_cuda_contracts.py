@@ -120,12 +120,12 @@ def test_sanitizers_find_nothing(kind: str) -> None:
 
 
 def barriers() -> list[str]:
-    """<file>:<line> of every __syncthreads() and __syncwarp() of csrc/cuda."""
+    """<file>:<line> of every barrier, and wait for asynchronous copies, of csrc/cuda."""
     found = []
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.*")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
-            if "__syncthreads()" in code or "__syncwarp(" in code:
+            if re.search(r"__syncthreads\(\)|__syncwarp\(|__pipeline_wait_prior\(", code):
                 found.append(f"{path.name}:{number}")
     return found
 

@@ -26,6 +26,14 @@ PLANTED = {
     "global_overrun": ("address", r"heap-buffer-overflow"),
     "misaligned_vector": ("address", r"misaligned address"),
     "race": ("thread", r"data race"),
+    "no_wait": ("plain", r"the ring's sums are wrong"),
+    "wait_for_one_too_few": ("plain", r"the ring's sums are wrong"),
+    "overwritten_too_early": ("plain", r"the ring's sums are wrong"),
+    "not_committed": ("plain", r"the ring's sums are wrong"),
+    "foreign_bytes": ("thread", r"data race"),
+    "misaligned_copy": ("plain", r"misaligned asynchronous copy of 16 bytes"),
+    "odd_copy": ("plain", r"asynchronous copy of 12 bytes; it must be 4, 8 or 16"),
+    "copy_overrun": ("address", r"heap-buffer-overflow"),
 }
 
 
@@ -58,7 +66,9 @@ def test_a_planted_mistake_is_noticed(name: str) -> None:
     assert re.search(words, text), text
 
 
+@pytest.mark.parametrize("name", ["none", "ring", "copies"])
 @pytest.mark.parametrize("kind", ["plain", "address", "thread"])
-def test_a_right_kernel_passes(kind: str) -> None:
-    code, text = run(kind, "none")
+def test_a_right_kernel_passes(kind: str, name: str) -> None:
+    """Barriers; a ring of asynchronous copies; and which copies have arrived after which wait."""
+    code, text = run(kind, name)
     assert code == 0, text

@@ -107,6 +107,9 @@ void run_block(std::mt19937_64& random, size_t shared_bytes) {
     Thread& thread = m.threads[static_cast<size_t>(i)];
     thread.state = State::kUnstarted;
     thread.site = Place{};
+    thread.copies.clear();
+    thread.arrived = 0;
+    thread.groups = 0;
     thread.number = i;
     thread.index.x = static_cast<unsigned>(i) % blockDim.x;
     thread.index.y = static_cast<unsigned>(i) / blockDim.x % blockDim.y;

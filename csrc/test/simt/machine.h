@@ -3,6 +3,7 @@
 // fibers.cpp   stacks and the switch between them; who runs next
 // grid.cpp     blocks one after another; deadlocks; the settings of simt.h
 // meetings.cpp barriers and warp operations
+// copies.cpp   asynchronous copies that have not arrived
 // traffic.cpp  which pages a launch touches
 //
 // Under ThreadSanitizer (PIECE_OPS_SIMT_TSAN; these files themselves are compiled without it) every
@@ -60,6 +61,12 @@ struct Fiber {
 
 enum class State { kUnstarted, kRunning, kWaiting, kReady, kDone };
 
+// A copy on its way, and which of the thread's groups it belongs to.
+struct PendingCopy {
+  Copy copy;
+  size_t group;
+};
+
 struct Thread {
   State state = State::kUnstarted;
   uint3 index{};
@@ -71,6 +78,9 @@ struct Thread {
   uint64_t value = 0;
   int source = 0;
   uint64_t result = 0;
+  std::vector<PendingCopy> copies;
+  size_t arrived = 0;  // of these
+  size_t groups = 0;   // committed
 };
 
 // Lanes that meet under one mask.
@@ -146,8 +156,6 @@ void start_tsan();  // before the first thread of a launch
 // ---- grid.cpp
 
 std::string where(const Place& site);
-// Is this the barrier that a test leaves out?
-bool is_skipped(const char* file, int line);
 
 // ---- traffic.cpp
 

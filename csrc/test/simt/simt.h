@@ -12,7 +12,10 @@
 //                    shuffles and ballots do not (as in CUDA, only __syncwarp and __syncthreads
 //                    order memory)
 //   order            a seed shuffles blocks, warps and lanes (set_seed)
-//   barriers         one of them can be skipped by file and line (skip_barrier): mutation tests
+//   async copies     until a thread waits for its group, the destination holds 0xCD: reading it too
+//                    early, or starting a copy over what is still to be read, gives wrong results
+//   barriers         one of them, or a wait for copies, can be skipped by file and line
+//                    (skip_barrier): mutation tests
 //
 // Blocks run one after another: what blocks tell each other while they run is not exercised, and a
 // kernel that waits for another block hangs. Memory is sequentially consistent.
@@ -99,7 +102,8 @@ void set_seed(uint64_t seed);
 void set_device(int multiprocessors, int blocks_per_multiprocessor);
 int multiprocessors();
 int blocks_per_multiprocessor();
-// __syncthreads() and __syncwarp() in this line of this file (a suffix of its path) do nothing.
+// __syncthreads(), __syncwarp() and __pipeline_wait_prior() in this line of this file (a suffix of
+// its path) do nothing.
 // line 0: all barriers work. Returns nothing; skipped_count() says how often one was left out.
 void skip_barrier(const char* file_suffix, int line);
 int64_t skipped_count();
@@ -109,6 +113,19 @@ int64_t launch_count();
 // that touched any.
 void watch(void* memory, size_t bytes);
 const std::vector<int64_t>& touched_pages();
+
+// A thread's asynchronous copies; intrinsics.h carries them out, where a sanitizer sees them.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;  // 0: none
+};
+void start_copy(const Copy& copy);
+void commit_copies();
+// The next copy that has not arrived, of all of this thread's groups but the last `prior`.
+Copy arriving_copy(size_t prior);
+// Is this the barrier, or the wait, that a test leaves out?
+bool is_skipped(const char* file, int line);
 
 enum class Barrier { kPlain, kCount, kAnd, kOr };
 int sync_threads(Barrier kind, int predicate, const char* file, int line);
