@@ -7,6 +7,7 @@
 #if defined(PIECE_OPS_CUDA_EMULATION)
 #include "simt/simt.h"
 #else
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #endif
 

@@ -30,7 +30,8 @@
 //               kDigits           8.1    reads 2 to 4   1e9 2.0 ms [2.5]     8e9 15.5 ms [18.2]
 //               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
 //            Bound: HBM; some 20 launches, 0.15 ms in all (measured), rule below 1e8 scores.
-//            Measured at 1e9: the filter 1.11 ms (3.6 TB/s), what is before it 0.09, after it 0.08.
+//            Measured at 1e9: the filter 1.11 ms (3.6 TB/s; before its ring, select_topk_ring.h),
+//            what is before it 0.09, after it 0.08.
 //            Few distinct values: one read, and again those tiles whose ties are selected. Counted
 //            on the emulation (pages each launch touches; 1e6 scores, k = 0.1 %): all equal 1.00,
 //            99 % zeros 1.00, 5 values 1.01, 256 values 1.25, and the sample.

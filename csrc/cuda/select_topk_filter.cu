@@ -3,11 +3,12 @@
 //
 // What       For each tile: its (key, slot) above the bound, in rising slots; how many equal the
 //            bound. NaN are counted for each tensor, when they are to be reported.
-// Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth),
-//            all in registers before the first is used:
-//            1. one comparison a score, !(x < bound), which NaN passes as well; a vote for each 128
-//               (256) scores. Most votes say no.
-//            2. where one says yes: exact keys, a bit for each score above the bound, ties counted.
+// Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth); the
+//            tiles after it are on their way into shared memory meanwhile (select_topk_ring.h):
+//            1. all of a lane's scores from shared memory into registers, and the next copies into
+//               their places; one comparison a score, !(x < bound), which NaN passes as well; a vote
+//               for each 128 (256) scores. Most votes say no.
+//            2. where one says yes: a bit for each score above the bound, equal to it, or NaN.
 //               Excluded positions are looked up for scores above the bound only; the ties among
 //               them are subtracted afterwards, by a look at the tile's excluded entries.
 //            3. the warps' counts meet in shared memory, at the one barrier of a tile; ballots give
@@ -21,37 +22,53 @@
 //            then calls for another round.
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
 //            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
-//            Bound: HBM. In flight: 128 bytes a thread, 5 blocks of 128 a multiprocessor: 80 KiB;
-//            the bus needs about 35 KiB. H200 at 4.3 TB/s, float32, k = 0.1 %: 1e9 predicted 0.94
-//            ms, measured 1.11 (2026-11-28): probably since 5 blocks of 4 warps leave the loads of a
-//            tile waiting for the judging of the last one. One barrier less since. Next:
-//            asynchronous copies into shared memory.
+//            Bound: HBM. In flight: 32 KiB a block (16-bit types: 16), whatever is judged meanwhile;
+//            160 KiB a multiprocessor of sm_90 and sm_100, 128 of sm_80, 64 of sm_120. By Little's
+//            law the bus of an H200 needs 35. Its 132 multiprocessors each get 16 KiB in 0.5 us at
+//            4.3 TB/s, so a block has 2.5 us to judge a tile. Instructions, counted in the machine
+//            code of sm_90 where one vote in eight says yes: 14 a float32 score and lane, of 27 that
+//            the bus leaves time for; 16-bit types 15 of 14.
+//            Predicted for an H200, k = 0.1 %, 1e9 scores: float32 0.94 ms; 16-bit types 0.6 (the bus
+//            0.47, instructions as much); two float32 inputs 1.9. Compiled and emulated, not run on a
+//            GPU. Before the ring the bus drained while tiles were judged: 1.11 ms, float32
+//            (2026-11-28).
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
 // Limits     a tile's counts fit 16 bits; positions 64.
-#include "select_topk_load.h"
+#include "select_topk_ring.h"
+#include "tiles.h"
 
 namespace piece_ops::cuda {
 
 namespace {
 
-// Blocks a multiprocessor that must fit: few enough registers that nothing spills.
+// Blocks a multiprocessor that must fit by their registers: few enough that nothing spills. Five of
+// one input where shared memory holds five (228 KiB: sm_90 and sm_100; sm_80 holds 4, sm_120 2).
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int kBlocksOfOne = 5;
+#else
+constexpr int kBlocksOfOne = 4;
+#endif
 template <TopkInput kInput>
-constexpr int kMinBlocks = kInput == TopkInput::kTwo      ? 4
+constexpr int kMinBlocks = kInput == TopkInput::kOne      ? kBlocksOfOne
+                           : kInput == TopkInput::kTwo    ? 4
                            : kInput == TopkInput::kDouble ? 3
                                                           : 5;
 
-// Shares of several tiles, gathered in shared memory: one atomic add reserves the room of all.
+// Shares of several tiles, gathered in shared memory: one atomic add reserves the room of all. A
+// share larger than a batch is written to its place at once.
 constexpr int kBatchTiles = 32;
+constexpr uint32_t kBatchKept = 1024;
 constexpr int kMaxWarps = 8;
 
 template <class K>
 struct Batch {
-  K keys[kTileSlots];  // a tile keeps no more
-  uint16_t slots[kTileSlots];
+  K keys[kBatchKept];
+  uint16_t slots[kBatchKept];
   int64_t tiles[kBatchTiles];
   uint32_t offsets[kBatchTiles];
   unsigned long long start;
+  unsigned long long large_start;  // of a share larger than a batch
   uint32_t counts[2 * kMaxWarps];  // of each warp in this tile and, by turns, in the last one
 };
 
@@ -67,7 +84,7 @@ __device__ __forceinline__ void write_batch(Batch<K>* batch, int tiles, uint32_t
   for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
     found.starts[batch->tiles[i]] = static_cast<int64_t>(start + batch->offsets[i]);
   }
-  if (found.store && start + kept <= static_cast<uint64_t>(found.room)) {
+  if (start + kept <= static_cast<uint64_t>(found.room)) {
     for (uint32_t i = threadIdx.x; i < kept; i += blockDim.x) {
       found.keys[start + i] = batch->keys[i];
       found.slots[start + i] = batch->slots[i];
@@ -75,6 +92,22 @@ __device__ __forceinline__ void write_batch(Batch<K>* batch, int tiles, uint32_t
   }
   __syncthreads();  // the batch has been read
 }
+
+// How a score compares with the bound: by value, a third of the instructions, where the bound is a
+// float32 score and no NaN; else (first digits of a key that no score has, or nothing at all; float64,
+// whose registers would not suffice) by its key.
+template <class T>
+struct ByValue {
+  T bound;
+  PIECE_OPS_DEVICE bool is_above(T x) const { return x > bound; }
+  PIECE_OPS_DEVICE bool is_equal(T x) const { return x == bound; }
+};
+template <class T>
+struct ByKey {
+  Key<T> bound;
+  PIECE_OPS_DEVICE bool is_above(T x) const { return to_key(x) > bound; }
+  PIECE_OPS_DEVICE bool is_equal(T x) const { return to_key(x) == bound; }
+};
 
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInput>)
@@ -85,49 +118,56 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
   static_assert(kWarps <= kMaxWarps, "counts of all warps have their place");
   constexpr int kCount = kPerLane<T>;
   __shared__ Batch<K> batch;
+  PIECE_OPS_DYNAMIC_SHARED(unsigned char, stages);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   if (table.is_broken()) return;  // all threads alike
+  Ring<kInput> ring(table, stages);
   const K bound_key = search->bound();
   const T bound = from_key<T>(bound_key);  // NaN if no score has this key: then every vote says yes
+  const bool by_value = sizeof(T) == 4 && bound_key != 0 && to_key(bound) == bound_key;
 
   int turn = 0;
-  int batch_tiles = 0;  // the same for all threads, likewise
+  int batch_tiles = 0;  // the same for all threads, likewise batch_kept
   uint32_t batch_kept = 0;
-  int64_t tile = blockIdx.x;
-  int32_t next_tensor = tile < table.tiles ? table.tile_tensors[tile] : 0;
-  for (; tile < table.tiles; tile += gridDim.x) {
-    const int64_t tensor = next_tensor;
+  for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
+    const int64_t tensor = ring.part().tensor();
     const TopkRow& row = table.rows[tensor];
-    if (tile + gridDim.x < table.tiles) next_tensor = table.tile_tensors[tile + gridDim.x];
-    const int64_t part_begin = table.tile_begin(tile, tensor) + warp * kPartSlots<T>;
-    const Excluded excluded = excluded_of(table, row, tile, tensor);
 
     with_width<kInput>(row, [&](auto width) {
       constexpr int V = decltype(width)::value;
       constexpr uint32_t kGroup = (1u << V) - 1;
       T x[kCount];
-      const uint32_t valid = load_part<kInput, V>(row, formula, part_begin, lane, x);
+      const uint32_t valid = ring.template read<V>(table, formula, tile, x);
+      const Excluded excluded = excluded_of(table, row, tile, tensor);
       uint32_t above = 0;  // bit j: x[j] is kept
-      int ties = 0;
-      uint32_t nans = 0;
+      uint32_t tied = 0;
+      uint32_t nan = 0;
+      const auto judge = [&](auto compare) {
 #pragma unroll
-      for (int g = 0; g < kCount; g += V) {
-        bool maybe = false;
+        for (int g = 0; g < kCount; g += V) {
+          bool maybe = false;
 #pragma unroll
-        for (int j = g; j < g + V; ++j) maybe = maybe || !(x[j] < bound);
-        if (!__any_sync(kAllLanes, maybe)) continue;
+          for (int j = g; j < g + V; ++j) maybe = maybe || !(x[j] < bound);
+          if (!__any_sync(kAllLanes, maybe)) continue;
 #pragma unroll
-        for (int j = g; j < g + V; ++j) {
-          const K key = to_key(x[j]);
-          const bool exists = valid >> j & 1u;
-          above |= static_cast<uint32_t>(exists && key > bound_key) << j;
-          ties += exists && key == bound_key;
-          nans += exists && key == 0;
+          for (int j = g; j < g + V; ++j) {
+            above |= static_cast<uint32_t>(compare.is_above(x[j])) << j;
+            tied |= static_cast<uint32_t>(compare.is_equal(x[j])) << j;
+            nan |= static_cast<uint32_t>(x[j] != x[j]) << j;
+          }
         }
+      };
+      if (by_value) {
+        judge(ByValue<T>{bound});
+      } else {
+        judge(ByKey<T>{bound_key});
       }
+      above &= valid;
+      int ties = __popc(tied & valid);
+      uint32_t nans = static_cast<uint32_t>(__popc(nan & valid));
       if (excluded.any()) {
-        above &= ~excluded_bits<V>(excluded, above, part_begin, lane);
+        above &= ~excluded_bits<V>(excluded, above, part_begin<T>(row, tile), lane);
         for (int64_t e = excluded.begin + threadIdx.x; e < excluded.end; e += blockDim.x) {
           ties -= to_key(score_at<kInput>(row, formula, excluded.list[e])) == bound_key;
         }
@@ -158,25 +198,47 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
       }
       all_ties &= 0xffffu;
       turn ^= 1;
-      if (batch_kept + kept > kTileSlots || batch_tiles == kBatchTiles) {
-        write_batch(&batch, batch_tiles, batch_kept, found);
-        batch_tiles = 0;
-        batch_kept = 0;
-      }
       if (threadIdx.x == 0) {
         if (all_ties) atomicAdd(&found.state->ties, static_cast<unsigned long long>(all_ties));
+        if (!found.store) atomicAdd(&found.state->kept, static_cast<unsigned long long>(kept));
         found.counts[tile] = kept << 16 | all_ties;
-        batch.tiles[batch_tiles] = tile;
-        batch.offsets[batch_tiles] = batch_kept;
       }
-      uint32_t at = batch_kept + before_warp;
-      ++batch_tiles;
-      batch_kept += kept;
-      if (kept_here == 0 || !found.store) return;
+      if (!found.store) return;  // nothing but the counts
+      K* keys = batch.keys + batch_kept;
+      uint16_t* slots = batch.slots + batch_kept;
+      bool fits = true;
+      if (kept > kBatchKept) {
+        if (threadIdx.x == 0) {
+          batch.large_start = atomicAdd(&found.state->kept, static_cast<unsigned long long>(kept));
+          found.starts[tile] = static_cast<int64_t>(batch.large_start);
+        }
+        __syncthreads();  // the start is there; it changes behind the next tile's barrier only
+        const unsigned long long start = batch.large_start;
+        fits = start + kept <= static_cast<uint64_t>(found.room);
+        keys = found.keys + start;
+        slots = found.slots + start;
+      } else {
+        if (batch_kept + kept > kBatchKept || batch_tiles == kBatchTiles) {
+          write_batch(&batch, batch_tiles, batch_kept, found);
+          batch_tiles = 0;
+          batch_kept = 0;
+          keys = batch.keys;
+          slots = batch.slots;
+        }
+        if (threadIdx.x == 0) {
+          batch.tiles[batch_tiles] = tile;
+          batch.offsets[batch_tiles] = batch_kept;
+        }
+        ++batch_tiles;
+        batch_kept += kept;
+      }
+      if (kept_here == 0 || !fits) return;
+      uint32_t at = before_warp;
+      const uint32_t of_warp = __reduce_or_sync(kAllLanes, above);
 #pragma unroll
       for (int g = 0; g < kCount; g += V) {
+        if ((of_warp >> g & kGroup) == 0) continue;
         const uint32_t mine = above >> g & kGroup;
-        if (!__any_sync(kAllLanes, mine != 0)) continue;
         int before = 0;  // kept scores of lower lanes, then those of this lane
         int all = 0;
 #pragma unroll
@@ -189,9 +251,8 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           if (!(mine >> v & 1u)) continue;
-          batch.keys[place] = to_key(x[g + v]);
-          batch.slots[place] =
-              static_cast<uint16_t>(warp * kPartSlots<T> + part_slot<V>(g + v, lane));
+          keys[place] = to_key(x[g + v]);
+          slots[place] = static_cast<uint16_t>(warp * kPartSlots<T> + part_slot<V>(g + v, lane));
           ++place;
         }
         at += static_cast<uint32_t>(all);
@@ -226,25 +287,32 @@ __global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound, TopkS
   *threshold = search;
 }
 
+template <TopkInput kInput>
+using Input = std::integral_constant<TopkInput, kInput>;
+
 }  // namespace
 
 template <class K>
 void launch_filter(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
                    const TopkFound<K>& found) {
   using T = std::conditional_t<sizeof(K) == 8, double, float>;
-  const auto start = [&](auto kernel, int min_blocks) {
-    const int64_t most = int64_t{to.multiprocessors} * min_blocks;
-    launch(kernel, table.tiles < most ? table.tiles : most, kTileThreads<T>, 0, to.stream, table,
-           to.formula, bound, found);
+  const auto start = [&](auto input) {
+    constexpr TopkInput kInput = decltype(input)::value;
+    const auto kernel = filter_kernel<kInput, K>;
+    static_assert(sizeof(Batch<K>) + kRingBytes<kInput> <= 48 * 1024, "without opting in to more");
+    const int64_t most =
+        int64_t{to.multiprocessors} * resident_blocks(kernel, kTileThreads<T>, kRingBytes<kInput>);
+    launch(kernel, std::min(table.tiles, most), kTileThreads<T>, kRingBytes<kInput>, to.stream,
+           table, to.formula, bound, found);
   };
   if constexpr (sizeof(K) == 8) {
-    start(filter_kernel<TopkInput::kDouble, K>, kMinBlocks<TopkInput::kDouble>);
+    start(Input<TopkInput::kDouble>{});
   } else if (to.input == TopkInput::kOne) {
-    start(filter_kernel<TopkInput::kOne, K>, kMinBlocks<TopkInput::kOne>);
+    start(Input<TopkInput::kOne>{});
   } else if (to.input == TopkInput::kTwo) {
-    start(filter_kernel<TopkInput::kTwo, K>, kMinBlocks<TopkInput::kTwo>);
+    start(Input<TopkInput::kTwo>{});
   } else {
-    start(filter_kernel<TopkInput::kHash, K>, kMinBlocks<TopkInput::kHash>);
+    start(Input<TopkInput::kHash>{});
   }
 }
 

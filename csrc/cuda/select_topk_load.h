@@ -60,9 +60,13 @@ PIECE_OPS_DEVICE uint2 load_8(const void* p) {
   const Bytes8 b = *static_cast<const Bytes8*>(p);
   return make_uint2(b.x, b.y);
 }
+PIECE_OPS_DEVICE uint4 load_shared_16(const void* p) { return load_16(p); }
+PIECE_OPS_DEVICE uint2 load_shared_8(const void* p) { return load_8(p); }
 #else
 PIECE_OPS_DEVICE uint4 load_16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 PIECE_OPS_DEVICE uint2 load_8(const void* p) { return __ldcs(static_cast<const uint2*>(p)); }
+PIECE_OPS_DEVICE uint4 load_shared_16(const void* p) { return *static_cast<const uint4*>(p); }
+PIECE_OPS_DEVICE uint2 load_shared_8(const void* p) { return *static_cast<const uint2*>(p); }
 #endif
 
 template <int V>
@@ -129,42 +133,59 @@ PIECE_OPS_DEVICE Excluded excluded_of(const TopkTable& table, const TopkRow& row
 
 // ---- one warp's part ----------------------------------------------------------------------------
 
-// kPerLane<float> elements as they lie in memory: word j / 2 holds elements j and j + 1 of a 16-bit
-// type, word j one of float32.
-template <int V>
-PIECE_OPS_DEVICE void load_words(const void* data, int32_t dtype, int64_t begin, int lane,
-                                 uint32_t (&words)[32]) {
-  if (static_cast<DType>(dtype) == DType::kFloat32) {
-    static_assert(V == 4 || V == 8, "16 or 32 bytes of float32");
-    const float* p = static_cast<const float*>(data) + begin;
+// Calls visit(bytes, i, address) for each load of this lane in a part, bytes = 16 or 8 at compile
+// time: load i has the bytes of words [i * bytes / 4, (i + 1) * bytes / 4) of the part as it lies in
+// memory. Word j / 2 holds elements j and j + 1 of a 16-bit type, word j one of float32, words 2 j
+// and 2 j + 1 one of float64.
+template <int V, class Visit>
+PIECE_OPS_DEVICE void each_load(const void* data, int32_t dtype, int64_t begin, int lane,
+                                Visit visit) {
+  constexpr std::integral_constant<int, 16> kSixteen{};
+  constexpr int kApart = kWarp * V;  // elements, so that one address serves all loads
+  if constexpr (V == 2) {            // float64
+    const double* p = static_cast<const double*>(data) + begin + lane * V;
 #pragma unroll
-    for (int j = 0; j < 32; j += 4) {
-      const uint4 four = load_16(p + part_slot<V>(j, lane));
-      words[j] = four.x;
-      words[j + 1] = four.y;
-      words[j + 2] = four.z;
-      words[j + 3] = four.w;
-    }
-    return;
-  }
-  const uint16_t* p = static_cast<const uint16_t*>(data) + begin;
-  if constexpr (V == 8) {
+    for (int i = 0; i < 8; ++i) visit(kSixteen, i, p + i * kApart);
+  } else if constexpr (V == 8) {  // a 16-bit type
+    const uint16_t* p = static_cast<const uint16_t*>(data) + begin + lane * V;
 #pragma unroll
-    for (int j = 0; j < 32; j += 8) {
-      const uint4 eight = load_16(p + part_slot<V>(j, lane));
-      words[j / 2] = eight.x;
-      words[j / 2 + 1] = eight.y;
-      words[j / 2 + 2] = eight.z;
-      words[j / 2 + 3] = eight.w;
-    }
+    for (int i = 0; i < 4; ++i) visit(kSixteen, i, p + i * kApart);
+  } else if (static_cast<DType>(dtype) == DType::kFloat32) {
+    const float* p = static_cast<const float*>(data) + begin + lane * V;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) visit(kSixteen, i, p + i * kApart);
   } else {
+    constexpr std::integral_constant<int, 8> kEight{};
+    const uint16_t* p = static_cast<const uint16_t*>(data) + begin + lane * V;
 #pragma unroll
-    for (int j = 0; j < 32; j += 4) {
-      const uint2 four = load_8(p + part_slot<V>(j, lane));
-      words[j / 2] = four.x;
-      words[j / 2 + 1] = four.y;
-    }
+    for (int i = 0; i < 8; ++i) visit(kEight, i, p + i * kApart);
   }
+}
+
+// Where a whole part is read from: global memory (here), or a ring's stage (select_topk_ring.h).
+struct FromMemory {
+  PIECE_OPS_DEVICE uint4 get(std::integral_constant<int, 16>, int, const void* p) const {
+    return load_16(p);
+  }
+  PIECE_OPS_DEVICE uint2 get(std::integral_constant<int, 8>, int, const void* p) const {
+    return load_8(p);
+  }
+  PIECE_OPS_DEVICE FromMemory second() const { return {}; }
+};
+
+PIECE_OPS_DEVICE void put_words(const uint4& four, uint32_t* words) {
+  words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+}
+PIECE_OPS_DEVICE void put_words(const uint2& two, uint32_t* words) {
+  words[0] = two.x, words[1] = two.y;
+}
+
+template <int V, class Source>
+PIECE_OPS_DEVICE void load_words(const void* data, int32_t dtype, int64_t begin, int lane,
+                                 const Source& source, uint32_t (&words)[32]) {
+  each_load<V>(data, dtype, begin, lane, [&](auto bytes, int i, const void* p) {
+    put_words(source.get(bytes, i, p), words + i * (decltype(bytes)::value / 4));
+  });
 }
 
 PIECE_OPS_DEVICE void widen_words(int32_t dtype, const uint32_t (&words)[32], float (&x)[32]) {
@@ -208,70 +229,102 @@ PIECE_OPS_DEVICE void combine(const TopkFormula& formula, const float (&second)[
   }
 }
 
+// To a power of two.
 PIECE_OPS_DEVICE bool is_aligned(const void* data, int64_t offset_bytes, int64_t alignment) {
-  return (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(offset_bytes)) %
-             static_cast<uintptr_t>(alignment) ==
-         0;
+  return ((reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(offset_bytes)) &
+          static_cast<uintptr_t>(alignment - 1)) == 0;
 }
 
-// Scores of the part whose first slot is element `begin`; bit j of the result: x[j] exists. What
-// does not exist is below everything.
+// The dtype of the first input, as far as the width of its loads tells it.
 template <TopkInput kInput, int V>
-PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
-                                    int lane, ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+PIECE_OPS_DEVICE int32_t first_dtype(const TopkRow& row) {
+  return kInput == TopkInput::kOne && V == 4 ? static_cast<int32_t>(DType::kFloat32)
+                                             : row.first_dtype;
+}
+
+// Are all slots of the part elements, and its loads aligned? A load has 16 bytes; of two inputs, four
+// elements of each. No branch: all look-ups are under way together.
+template <TopkInput kInput>
+PIECE_OPS_DEVICE bool is_whole_part(const TopkRow& row, int64_t begin) {
   using T = ScoreOf<kInput>;
-  constexpr int kCount = kPerLane<T>;
-  constexpr uint32_t kAll = kCount == 32 ? 0xffffffffu : (1u << (kCount % 32)) - 1;
-  bool is_whole = begin >= 0 && begin + kPartSlots<T> <= row.n;
+  const int64_t first_bytes = sizeof(T) == 8 ? 8 : element_bytes(row.first_dtype);
+  bool is_whole = (begin >= 0) & (begin + kPartSlots<T> <= row.n);
+  if constexpr (kInput == TopkInput::kTwo) {
+    const int64_t second_bytes = element_bytes(row.second_dtype);
+    is_whole &= is_aligned(row.first, begin * first_bytes, 4 * first_bytes) &
+                is_aligned(row.second, begin * second_bytes, 4 * second_bytes);
+  } else {
+    is_whole &= is_aligned(row.first, begin * first_bytes, 16);
+  }
+  return is_whole;
+}
+
+// Scores of a whole part.
+template <TopkInput kInput, int V, class Source>
+PIECE_OPS_DEVICE void load_whole_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
+                                      int lane, const Source& source,
+                                      ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+  static_assert(kInput != TopkInput::kHash, "there is nothing to load");
+  uint32_t words[32];
+  const int32_t dtype = first_dtype<kInput, V>(row);
+  load_words<V>(row.first, dtype, begin, lane, source, words);
   if constexpr (kInput == TopkInput::kDouble) {
-    const double* p = static_cast<const double*>(row.first) + begin;
-    if (is_whole && is_aligned(p, 0, 16)) {
 #pragma unroll
-      for (int j = 0; j < kCount; j += 2) {
-        const uint4 two = load_16(p + part_slot<V>(j, lane));
-        x[j] = bit_cast<double>(two.x | static_cast<uint64_t>(two.y) << 32);
-        x[j + 1] = bit_cast<double>(two.z | static_cast<uint64_t>(two.w) << 32);
-      }
-      return kAll;
+    for (int j = 0; j < 16; ++j) {
+      x[j] = bit_cast<double>(words[2 * j] | static_cast<uint64_t>(words[2 * j + 1]) << 32);
     }
-  } else if constexpr (kInput == TopkInput::kOne || kInput == TopkInput::kTwo) {
-    const int64_t first_bytes = element_bytes(row.first_dtype);
-    is_whole = is_whole && is_aligned(row.first, begin * first_bytes, 4 * first_bytes * (V / 4));
+  } else {
+    widen_words(dtype, words, x);
     if constexpr (kInput == TopkInput::kTwo) {
-      const int64_t second_bytes = element_bytes(row.second_dtype);
-      is_whole = is_whole && is_aligned(row.second, begin * second_bytes, 4 * second_bytes);
-    }
-    if (is_whole) {
-      uint32_t words[32];
-      load_words<V>(row.first, row.first_dtype, begin, lane, words);
-      if constexpr (kInput == TopkInput::kOne) {
-        widen_words(row.first_dtype, words, x);
-        if (formula.score == Score::kMagnitude) {
+      uint32_t second_words[32];
+      load_words<V>(row.second, row.second_dtype, begin, lane, source.second(), second_words);
+      float second[32];
+      widen_words(row.second_dtype, second_words, second);
+      combine(formula, second, x);
+    } else if (formula.score == Score::kMagnitude) {
 #pragma unroll
-          for (int j = 0; j < kCount; ++j) x[j] = absolute(x[j]);
-        }
-      } else {
-        uint32_t second_words[32];
-        load_words<V>(row.second, row.second_dtype, begin, lane, second_words);
-        float second[32];
-        widen_words(row.first_dtype, words, x);
-        widen_words(row.second_dtype, second_words, second);
-        combine(formula, second, x);
-      }
-      return kAll;
+      for (int j = 0; j < 32; ++j) x[j] = absolute(x[j]);
     }
   }
+}
+
+template <class T>
+constexpr uint32_t kAllOfPart = kPerLane<T> == 32 ? 0xffffffffu : (1u << (kPerLane<T> % 32)) - 1;
+
+// Scores of any part, one by one; bit j of the result: x[j] exists. What does not exist is below
+// everything.
+template <TopkInput kInput, int V>
+PIECE_OPS_DEVICE uint32_t load_elements_of_part(const TopkRow& row, const TopkFormula& formula,
+                                                int64_t begin, int lane,
+                                                ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+  using T = ScoreOf<kInput>;
+  const int64_t left = row.n - begin;
+  const int first = begin < 0 ? static_cast<int>(-begin) : 0;  // slots that exist: first .. end - 1
+  const int end = left < kPartSlots<T> ? static_cast<int>(left) : kPartSlots<T>;
   uint32_t valid = 0;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const int64_t i = begin + part_slot<V>(j, lane);
+  for (int j = 0; j < kPerLane<T>; ++j) {
+    const int slot = part_slot<V>(j, lane);
     x[j] = -bit_cast<T>(static_cast<Key<T>>(KeyType<T>::kInfinity));
-    if (i >= 0 && i < row.n) {
-      x[j] = score_at<kInput>(row, formula, i);
+    if (slot >= first && slot < end) {
+      x[j] = score_at<kInput>(row, formula, begin + slot);
       valid |= 1u << j;
     }
   }
   return valid;
+}
+
+// Scores of the part whose first slot is element `begin`; bit j of the result: x[j] exists.
+template <TopkInput kInput, int V>
+PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
+                                    int lane, ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+  if constexpr (kInput != TopkInput::kHash) {
+    if (is_whole_part<kInput>(row, begin)) {
+      load_whole_part<kInput, V>(row, formula, begin, lane, FromMemory{}, x);
+      return kAllOfPart<ScoreOf<kInput>>;
+    }
+  }
+  return load_elements_of_part<kInput, V>(row, formula, begin, lane, x);
 }
 
 // Calls body(integral_constant<V>): the loads' width goes with the dtype of the tensor, so this

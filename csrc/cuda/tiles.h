@@ -75,16 +75,22 @@ inline void use_device(const Context& context) {
   PIECE_OPS_CUDA_CHECK(cudaSetDevice(context.device));
 }
 
+// Blocks that a multiprocessor of the current device holds at once.
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t dynamic_shared_bytes) {
+  int resident = 0;
+  PIECE_OPS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
+                                                                     dynamic_shared_bytes));
+  return std::max(resident, 1);
+}
+
 // As many blocks as the chip holds at once, at most as there is work for. Call use_device before.
 template <class... Parameters>
 int64_t persistent_grid(void (*kernel)(Parameters...), int device, int threads,
                         size_t dynamic_shared_bytes, int64_t blocks_of_work) {
   int processors = 0;
-  int resident = 0;
   PIECE_OPS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  PIECE_OPS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads,
-                                                                     dynamic_shared_bytes));
-  const int64_t fits = static_cast<int64_t>(processors) * std::max(resident, 1);
+  const int64_t fits = int64_t{processors} * resident_blocks(kernel, threads, dynamic_shared_bytes);
   return std::min(fits, std::max<int64_t>(blocks_of_work, 1));
 }
 

@@ -84,9 +84,11 @@ def cases(g: torch.Generator) -> Iterator[tuple[str, Run, Run]]:
     yield case("hash", plain, [200], score="random")
     yield case("double", [x.double() for x in plain], [200])
     yield case("double, dense", [large.double()], [30_000], algorithm="radix")
-    # 6 blocks take 25 tiles of some 1100 kept scores: more than a batch holds.
-    many = draw("lognormal4", 100_001, F32, g).double()
-    yield case("double, many kept", [many], [25_000])
+    # 4 blocks take 25 tiles. Of some 640 kept scores a batch holds one; 1100 it does not hold.
+    many = draw("lognormal4", 100_001, F32, g)
+    for k in (15_000, 25_000):
+        yield case("many kept", [many], [k])
+        yield case("double, many kept", [many.double()], [k])
     yield case("double, small", [x.double() for x in plain], [200, 0, 40, 2])
     nan = [x.clone() for x in plain]
     nan[2][::7] = float("nan")
