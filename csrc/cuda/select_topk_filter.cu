@@ -6,9 +6,9 @@
 // Algorithm  A block takes a tile of 4096 slots, each of its warps a quarter (float64: an eighth); the
 //            tiles after it are on their way into shared memory meanwhile (select_topk_ring.h):
 //            1. all of a lane's scores from shared memory into registers, and the next copies into
-//               their places; one comparison a score, !(x < bound), which NaN passes as well; a vote
-//               for each 128 (256) scores. Most votes say no.
-//            2. where one says yes: a bit for each score above the bound, equal to it, or NaN.
+//               their places; one comparison a score, !(x < bound), which NaN passes as well; one
+//               reduction tells the warp which of its groups of 128 (256) scores have one. Few do.
+//            2. of these: a bit for each score above the bound, equal to it, or NaN.
 //               Excluded positions are looked up for scores above the bound only; the ties among
 //               them are subtracted afterwards, by a look at the tile's excluded entries.
 //            3. the warps' counts meet in shared memory, at the one barrier of a tile; ballots give
@@ -26,8 +26,8 @@
 //            160 KiB a multiprocessor of sm_90 and sm_100, 128 of sm_80, 64 of sm_120. By Little's
 //            law the bus of an H200 needs 35. Its 132 multiprocessors each get 16 KiB in 0.5 us at
 //            4.3 TB/s, so a block has 2.5 us to judge a tile. Instructions, counted in the machine
-//            code of sm_90 where one vote in eight says yes: 14 a float32 score and lane, of 27 that
-//            the bus leaves time for; 16-bit types 15 of 14.
+//            code of sm_90 where a warp keeps one of its 1024 scores: 13 a float32 score, of 27 that
+//            the bus leaves time for; 16-bit types 14 of 14.
 //            Predicted for an H200, k = 0.1 %, 1e9 scores: float32 0.94 ms; 16-bit types 0.6 (the bus
 //            0.47, instructions as much); two float32 inputs 1.9. Compiled and emulated, not run on a
 //            GPU. Before the ring the bus drained while tiles were judged: 1.11 ms, float32
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
   if (table.is_broken()) return;  // all threads alike
   Ring<kInput> ring(table, stages);
   const K bound_key = search->bound();
-  const T bound = from_key<T>(bound_key);  // NaN if no score has this key: then every vote says yes
+  const T bound = from_key<T>(bound_key);  // NaN if no score has this key: then all groups have one
   const bool by_value = sizeof(T) == 4 && bound_key != 0 && to_key(bound) == bound_key;
 
   int turn = 0;
@@ -143,13 +143,19 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
       uint32_t above = 0;  // bit j: x[j] is kept
       uint32_t tied = 0;
       uint32_t nan = 0;
+      uint32_t maybe = 0;  // bit j, j a multiple of V: one of x[j .. j + V - 1] may reach the bound
+#pragma unroll
+      for (int g = 0; g < kCount; g += V) {
+        bool any = false;
+#pragma unroll
+        for (int j = g; j < g + V; ++j) any = any || !(x[j] < bound);
+        maybe |= static_cast<uint32_t>(any) << g;
+      }
+      maybe = __reduce_or_sync(kAllLanes, maybe);
       const auto judge = [&](auto compare) {
 #pragma unroll
         for (int g = 0; g < kCount; g += V) {
-          bool maybe = false;
-#pragma unroll
-          for (int j = g; j < g + V; ++j) maybe = maybe || !(x[j] < bound);
-          if (!__any_sync(kAllLanes, maybe)) continue;
+          if (!(maybe >> g & 1u)) continue;
 #pragma unroll
           for (int j = g; j < g + V; ++j) {
             above |= static_cast<uint32_t>(compare.is_above(x[j])) << j;
