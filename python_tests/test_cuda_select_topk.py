@@ -177,6 +177,36 @@ def test_scores(extension: ModuleType, kind: str, algorithm: str, rng: Generator
             run(first, k, given, exclude, score=kind, constant=0.25, algorithm=algorithm)
 
 
+@pytest.mark.parametrize("kind", ["piece-s", "piece-g"])
+@pytest.mark.parametrize("bound", [1e-16, 1e-14, 1e-3, 1.0, 3e4])
+@pytest.mark.parametrize("scale", [1.0, 1e-38])
+def test_scores_some_roundings_from_the_bound(
+    extension: ModuleType, kind: str, bound: float, scale: float, rng: Generator
+) -> None:
+    """The cheap comparison (select_topk_quick.h) rules out none that the division keeps."""
+    n, constant = 5 * TILE, 0.25 * (scale == 1)
+    second = draw("gaussian_squared", n, F32, rng) * scale
+    v = (second + constant).double()
+    wide, near = torch.randint(-400, 400, (2, n), generator=rng) * 2.0**-26
+    for part in (near / 8, wide):
+        first = (v.sqrt() if kind == "piece-s" else v) * bound * (1 + part)
+        first *= torch.randint(2, (n,), generator=rng) * 2 - 1
+        for k in (n // 50, n // 5):
+            for algorithm in ALGORITHMS:
+                run([first.float()], k, [second], (), kind, constant, "lowest", algorithm)
+
+
+@pytest.mark.parametrize("kind", ["piece-s", "piece-g"])
+def test_scores_of_any_bits(extension: ModuleType, kind: str, rng: Generator) -> None:
+    """NaN, infinities, numbers below the smallest normal one and products that overflow."""
+    n = 6 * TILE
+    first, second = torch.randint(-(2**31), 2**31, (2, n), generator=rng).int().view(F32)
+    for given in (second, second.abs(), second.abs() * 1e-38):
+        for constant in (0.0, 1e-40, 1e-10, 1e10):
+            for k in (20, n // 50, n // 5):
+                run([first], k, [given], (), kind, constant, nan="lowest")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_exclude(extension: ModuleType, algorithm: str, rng: Generator) -> None:
     sizes = (SMALL + 1, 0, 5000, 40)

@@ -8,14 +8,17 @@
 //            1. all of a lane's scores from shared memory into registers, and the next copies into
 //               their places; one comparison a score, !(x < bound), which NaN passes as well; one
 //               reduction tells the warp which of its groups of 128 (256) scores have one. Few do.
+//               PIECE-S and PIECE-G are ruled out by a product (select_topk_quick.h), and only
+//               what is left is divided.
 //            2. of these: a bit for each score above the bound, equal to it, or NaN.
 //               Excluded positions are looked up for scores above the bound only; the ties among
 //               them are subtracted afterwards, by a look at the tile's excluded entries.
 //            3. the warps' counts meet in shared memory, at the one barrier of a tile; ballots give
 //               every kept score its place there, so that a share is in order.
-//            4. shares of up to 32 tiles gather before one atomic add reserves room for all of them
-//               and they are copied out. (With an atomic add and a second barrier for every tile,
-//               1e9 scores took 1.38 ms on an H200, 2.9 TB/s.)
+//            4. shares of up to 32 tiles, 1024 scores, gather before one atomic add reserves room for
+//               all of them and they are copied out; a larger share goes to its place at once. (With
+//               an atomic add and a second barrier for every tile, and without the ring, 1e9 took
+//               1.38 ms on an H200, 2.9 TB/s.)
 //            Batches lie in the order of the atomic adds. Nothing depends on it: the tile says where
 //            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
 //            block waits for another. What does not fit the room is counted, not written; verify
@@ -23,18 +26,20 @@
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
 //            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
 //            Bound: HBM. In flight: 32 KiB a block (16-bit types: 16), whatever is judged meanwhile;
-//            160 KiB a multiprocessor of sm_90 and sm_100, 128 of sm_80, 64 of sm_120. By Little's
-//            law the bus of an H200 needs 35. Its 132 multiprocessors each get 16 KiB in 0.5 us at
-//            4.3 TB/s, so a block has 2.5 us to judge a tile. Instructions, counted in the machine
-//            code of sm_90 where a warp keeps one of its 1024 scores: 13 a float32 score, of 27 that
-//            the bus leaves time for; 16-bit types 14 of 14.
+//            160 KiB a multiprocessor of sm_90 and sm_100 (two inputs 128, float64 96), 128 of sm_80,
+//            64 of sm_120. By Little's law the bus of an H200 needs 35. Its 132 multiprocessors each
+//            get 16 KiB in 0.5 us at 4.3 TB/s, so a block has 2.5 us to judge a tile. Instructions,
+//            where a warp keeps one of its 1024 scores: 13 a float32 score (counted in the machine
+//            code of sm_90), of 27 that the bus leaves time for; estimated for 16-bit types 14 of 14,
+//            for PIECE-S of two float32 20 of 55.
 //            Predicted for an H200, k = 0.1 %, 1e9 scores: float32 0.94 ms; 16-bit types 0.6 (the bus
 //            0.47, instructions as much); two float32 inputs 1.9. Compiled and emulated, not run on a
-//            GPU. Before the ring the bus drained while tiles were judged: 1.11 ms, float32
-//            (2026-11-28).
+//            GPU. The kernel before the ring took 1.11 ms, float32 (2026-11-28): probably the bus
+//            drained while its tiles were judged.
 // Scratch    6 (10) bytes a kept score, up to 2 k + n / 128 + 4096 of them; 12 bytes a tile.
 // Determinism  counts and shares are exact; the place of a share is not repeatable and not used.
 // Limits     a tile's counts fit 16 bits; positions 64.
+#include "select_topk_quick.h"
 #include "select_topk_ring.h"
 #include "tiles.h"
 
@@ -138,20 +143,46 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
       constexpr int V = decltype(width)::value;
       constexpr uint32_t kGroup = (1u << V) - 1;
       T x[kCount];
-      const uint32_t valid = ring.template read<V>(table, formula, tile, x);
+      float second[kSeconds<kInput>];
+      const bool is_whole = ring.part().is_whole();
+      const uint32_t valid = ring.template read<V>(table, formula, tile, x, second);
       const Excluded excluded = excluded_of(table, row, tile, tensor);
       uint32_t above = 0;  // bit j: x[j] is kept
       uint32_t tied = 0;
       uint32_t nan = 0;
       uint32_t maybe = 0;  // bit j, j a multiple of V: one of x[j .. j + V - 1] may reach the bound
+      const auto ask = [&](auto may_reach) {
 #pragma unroll
-      for (int g = 0; g < kCount; g += V) {
-        bool any = false;
+        for (int g = 0; g < kCount; g += V) {
+          bool any = false;
 #pragma unroll
-        for (int j = g; j < g + V; ++j) any = any || !(x[j] < bound);
-        maybe |= static_cast<uint32_t>(any) << g;
+          for (int j = g; j < g + V; ++j) any = any || may_reach(j);
+          maybe |= static_cast<uint32_t>(any) << g;
+        }
+        maybe = __reduce_or_sync(kAllLanes, maybe);
+      };
+      bool is_asked = false;
+      if constexpr (kInput == TopkInput::kTwo) {
+        const auto ask_quickly = [&](auto quick) {
+          ask([&](int j) { return quick.may_reach(x[j], second[j]); });
+#pragma unroll
+          for (int g = 0; g < kCount; g += V) {
+            if (!(maybe >> g & 1u)) continue;
+#pragma unroll
+            for (int j = g; j < g + V; ++j) x[j] = quick.score(x[j], second[j]);
+          }
+          is_asked = true;
+        };
+        if (is_whole && formula.score == Score::kPieceS) {
+          ask_quickly(QuickBound<Score::kPieceS>(formula, bound));
+        } else if (is_whole && formula.score == Score::kPieceG) {
+          ask_quickly(QuickBound<Score::kPieceG>(formula, bound));
+        }
       }
-      maybe = __reduce_or_sync(kAllLanes, maybe);
+      if (!is_asked) {
+        if (is_whole) evaluate<kInput>(formula, second, x);
+        ask([&](int j) { return !(x[j] < bound); });
+      }
       const auto judge = [&](auto compare) {
 #pragma unroll
         for (int g = 0; g < kCount; g += V) {

@@ -33,6 +33,9 @@ template <class T>
 constexpr int kTileWarps = kTileThreads<T> / kWarp;
 
 template <TopkInput kInput>
+constexpr int kSeconds = kInput == TopkInput::kTwo ? 32 : 1;  // second inputs of a lane, if any
+
+template <TopkInput kInput>
 using ScoreOf = std::conditional_t<kInput == TopkInput::kDouble, double, float>;
 
 // Float16 to float32 is exact, so the hardware's conversion equals rounding.h's.
@@ -259,11 +262,11 @@ PIECE_OPS_DEVICE bool is_whole_part(const TopkRow& row, int64_t begin) {
   return is_whole;
 }
 
-// Scores of a whole part.
+// What a whole part's scores are made of: the first input, and the second where there is one.
 template <TopkInput kInput, int V, class Source>
-PIECE_OPS_DEVICE void load_whole_part(const TopkRow& row, const TopkFormula& formula, int64_t begin,
-                                      int lane, const Source& source,
-                                      ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+PIECE_OPS_DEVICE void load_inputs(const TopkRow& row, int64_t begin, int lane, const Source& source,
+                                  ScoreOf<kInput> (&first)[kPerLane<ScoreOf<kInput>>],
+                                  float (&second)[kSeconds<kInput>]) {
   static_assert(kInput != TopkInput::kHash, "there is nothing to load");
   uint32_t words[32];
   const int32_t dtype = first_dtype<kInput, V>(row);
@@ -271,20 +274,28 @@ PIECE_OPS_DEVICE void load_whole_part(const TopkRow& row, const TopkFormula& for
   if constexpr (kInput == TopkInput::kDouble) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      x[j] = bit_cast<double>(words[2 * j] | static_cast<uint64_t>(words[2 * j + 1]) << 32);
+      first[j] = bit_cast<double>(words[2 * j] | static_cast<uint64_t>(words[2 * j + 1]) << 32);
     }
   } else {
-    widen_words(dtype, words, x);
+    widen_words(dtype, words, first);
     if constexpr (kInput == TopkInput::kTwo) {
       uint32_t second_words[32];
       load_words<V>(row.second, row.second_dtype, begin, lane, source.second(), second_words);
-      float second[32];
       widen_words(row.second_dtype, second_words, second);
-      combine(formula, second, x);
-    } else if (formula.score == Score::kMagnitude) {
-#pragma unroll
-      for (int j = 0; j < 32; ++j) x[j] = absolute(x[j]);
     }
+  }
+}
+
+// x = the score of x, and of second where there is one.
+template <TopkInput kInput>
+PIECE_OPS_DEVICE void evaluate(const TopkFormula& formula, const float (&second)[kSeconds<kInput>],
+                               ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
+  if constexpr (kInput == TopkInput::kTwo) {
+    combine(formula, second, x);
+  } else if constexpr (kInput == TopkInput::kOne) {
+    if (formula.score != Score::kMagnitude) return;
+#pragma unroll
+    for (int j = 0; j < 32; ++j) x[j] = absolute(x[j]);
   }
 }
 
@@ -320,7 +331,9 @@ PIECE_OPS_DEVICE uint32_t load_part(const TopkRow& row, const TopkFormula& formu
                                     int lane, ScoreOf<kInput> (&x)[kPerLane<ScoreOf<kInput>>]) {
   if constexpr (kInput != TopkInput::kHash) {
     if (is_whole_part<kInput>(row, begin)) {
-      load_whole_part<kInput, V>(row, formula, begin, lane, FromMemory{}, x);
+      float second[kSeconds<kInput>];
+      load_inputs<kInput, V>(row, begin, lane, FromMemory{}, x, second);
+      evaluate<kInput>(formula, second, x);
       return kAllOfPart<ScoreOf<kInput>>;
     }
   }

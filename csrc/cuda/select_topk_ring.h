@@ -96,11 +96,12 @@ class Ring {
   // The part that is read next.
   PIECE_OPS_DEVICE Part part() const { return parts_[0]; }
 
-  // Scores of this tile's part, whose tensor has loads of V elements; bit j of the result: x[j]
-  // exists. Starts the copies that take the place of what is read.
+  // Inputs of this tile's part, whose tensor has loads of V elements, or, of a part that is not
+  // whole, its scores; bit j of the result: x[j] exists. Starts the copies that take the place of
+  // what is read.
   template <int V>
   PIECE_OPS_DEVICE uint32_t read(const TopkTable& table, const TopkFormula& formula, int64_t tile,
-                                 T (&x)[kPerLane<T>]) {
+                                 T (&x)[kPerLane<T>], float (&second)[kSeconds<kInput>]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const Part part = parts_[0];
     const TopkRow& row = table.rows[part.tensor()];
@@ -112,7 +113,7 @@ class Ring {
     if constexpr (kInput != TopkInput::kHash) {
       __pipeline_wait_prior(kStages<kInput> - 1);  // this tile's copies are there
       fence_compiler();
-      if (part.is_whole()) load_whole_part<kInput, V>(row, formula, 0, lane, places(), x);
+      if (part.is_whole()) load_inputs<kInput, V>(row, 0, lane, places(), x, second);
     }
     if (!part.is_whole()) {
       valid = load_elements_of_part<kInput, V>(row, formula, part_begin<T>(row, tile), lane, x);
