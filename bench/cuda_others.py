@@ -14,9 +14,12 @@ import piece_ops
 from bench.cuda_lists import SPARSE_K, equal, llama_8b, spread
 from bench.cuda_timing import READ_GB_PER_S, Peer, Plan, Target, copier, one_read, reader
 from bench.harness import time_ratio
+from piece_ops.predict import costs
+from piece_ops.predict.devices import device
 
 PRODUCTS_FLOP_PER_MS = 530e9  # bfloat16, in Triton: what L2 gives to tiles of 128 x 128
 SAMPLED_TOKENS = 8192
+H200 = device("h200", torch.bfloat16)
 MM = "torch.mm, the batch's gradient, no squares"
 GEMM = "dense GEMM, bfloat16"
 
@@ -196,7 +199,7 @@ def plans() -> Iterator[Plan]:
         dtype="float32",
     )
     for out, width in ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096)):
-        products = SAMPLED_TOKENS * (out * width // 1000)
+        work = costs.sampled_weight_grad(SAMPLED_TOKENS, out, width, 2, out * width // 1000, H200)
         yield Plan(
             "sampled_weight_grad",
             f"{out} x {width}, {SAMPLED_TOKENS} tokens, 0.1 %, bfloat16",
@@ -204,6 +207,6 @@ def plans() -> Iterator[Plan]:
             2 * SAMPLED_TOKENS * (out + width),
             [Target("faster than the dense GEMM", time_ratio(GEMM, "piece_ops"), 4.0, False)],
             partial(sampled, SAMPLED_TOKENS, out, width),
-            our_bytes=2 * SAMPLED_TOKENS * (out + 3 * width),  # input: read, written, read again
-            more_ms=0.01 + 2 * products / 5.5e9,  # the panel's rows from L2
+            our_bytes=int(work.read),
+            more_ms=1e3 * (work.l2 / H200.l2 + work.wait),  # the panel and its rows; launches
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from piece_ops import _schema
-from piece_ops.backends import _cuda_runtime, cuda, cuda_select_topk
+from piece_ops.backends import _cuda_runtime, cuda, cuda_full_rows, cuda_select_topk
 from piece_ops.backends._lists import matrix
 from piece_ops.backends.cuda_adamw_plan import SparseAdamwPlan
 
@@ -179,6 +179,31 @@ def test_sampled_weight_grad(
         two = 2 * emulated.extension.cuda_sampled_weight_grad_bytes(matrix(x), indices.numel())
         monkeypatch.setattr(cuda, "SAMPLED_SCRATCH_BYTES", two + 1)
         assert_bits_equal(cuda.sampled_weight_grad(g, x, indices), want, f"{dtypes}, in steps")
+
+
+def test_sampled_weight_grad_in_chunks(
+    emulated: Any, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of rows that end where a chunk of indices does, one off it, or hold several chunks.
+
+    A window is 32 rows of 16-bit elements, 16 of 32-bit ones; a chunk 16 to 256 indices.
+    """
+    monkeypatch.setattr(cuda_full_rows, "LEAST", 1 << 62)
+    tokens, out = 300, 150
+    for width, dtype in ((4, BF16), (8, BF16), (16, F32), (41, BF16), (64, F16)):
+        g, x = (torch.randn(tokens, n, generator=rng).to(dtype) for n in (out, width))
+        everything = OPS.sampled_weight_grad(g, x, torch.arange(out * width))
+        for start, stop, step in (
+            (0, out * width, 1),
+            (1, out * width, 1),
+            (33 * width - 1, out * width, 1),
+            (0, out * width - 7, 3),
+            (out * width - 40, out * width, 1),
+            (5, out * width, 16 * width + 1),  # a window, an index
+        ):
+            indices = torch.arange(start, stop, step)
+            got = cuda.sampled_weight_grad(g, x, indices)
+            assert_bits_equal(got, everything[indices], f"{width} {dtype} {start} {stop} {step}")
 
 
 def test_ten_thousand_tensors(emulated: Any, rng: torch.Generator) -> None:

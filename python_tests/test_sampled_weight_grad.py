@@ -21,16 +21,18 @@ from helpers.tolerances import SAMPLED_WEIGHT_GRAD
 HALVES_AND_FLOAT = (F32, BF16, F16)
 # Vectors of 4, 8 and 16, lanes of 32, blocks of 256 tokens: one off each.
 TOKENS = (0, 1, 15, 16, 17, 31, 32, 33, 255, 256, 257, 600)
-FEATURES = (1, 3, 8, 15, 16, 17, 33, 130, 300)
+# Vectors of 8 and 16, tiles of 16 and 32 columns: one off; several of each in rows of 16 bytes.
+FEATURES = (1, 3, 8, 15, 16, 17, 33, 130, 264, 300)
 
 
 def matrix(
     tokens: int, features: int, dtype: torch.dtype, g: torch.Generator, kind: str = "normal"
 ) -> Tensor:
-    """Every other one a slice of a wider matrix, at an odd offset."""
-    extra = pick(g, (0, 0, 1, 5))
-    wide = draw(kind, tokens * (features + 2 * extra), dtype, g).view(tokens, features + 2 * extra)
-    return wide[:, extra : extra + features]
+    """Some are slices of a wider matrix: at an odd offset, or in rows that begin at 16 bytes."""
+    padded = (features + 15) // 8 * 8
+    ways = ((0, features), (0, features), (1, features + 2), (5, features + 10), (8, padded))
+    before, width = pick(g, ways)
+    return draw(kind, tokens * width, dtype, g).view(tokens, width)[:, before : before + features]
 
 
 def check(grad_output: Tensor, x: Tensor, indices: Tensor, what: str) -> None:

@@ -6,8 +6,10 @@ One function an op, used for both backends. They differ in what a scattered acce
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from piece_ops.backends.cuda import SAMPLED_SCRATCH_BYTES
 from piece_ops.backends.cuda_full_rows import SHARE as FULL_SHARE
 from piece_ops.predict.devices import Device
 
@@ -16,6 +18,8 @@ from piece_ops.predict.devices import Device
 HOST_SECONDS_A_TENSOR = 2e-6
 # csrc/cuda/select_topk.cu: some 20 launches.
 SELECT_LAUNCHES = 5e-5
+# csrc/cuda/sampled_weight_grad.cu: three launches for as many tokens as the scratch holds.
+SAMPLED_STEP = 7.5e-6
 # backends/triton/accumulate_per_sample_squares.py: the host waits for the look at G and X.
 SQUARES_WAIT = 2e-5
 
@@ -100,8 +104,15 @@ def sampled_weight_grad(
             moved=tokens * (out + width) * size + 8 * out * width, products=whole, tensors=1
         )
     if is_gpu(on):
-        matrices = tokens * (out + 3 * width) * size
-        return Work(moved=matrices, l2=tokens * k * size, tensors=1)
+        # The input's panel is written to L2, of which every index reads a row.
+        block = 256 * size * width + 4 * k
+        steps = math.ceil(tokens / 256 / max(1, SAMPLED_SCRATCH_BYTES // block))
+        return Work(
+            read=tokens * (out + width) * size,
+            l2=tokens * (width + k) * size,
+            wait=steps * SAMPLED_STEP,
+            tensors=1,
+        )
     used = out * (1 - (1 - density) ** width) + width * (1 - (1 - density) ** out)
     # Transposed elements go to L2 as float32 and come back; that bounds it.
     return Work(moved=8 * tokens * used, tensors=1)

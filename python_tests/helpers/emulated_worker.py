@@ -115,13 +115,18 @@ def case_total(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def case_sampled(g: torch.Generator, cuda: dict[str, Any]) -> Iterator[tuple[str, Run, Run]]:
-    """Several tiles of rows in a block's 64 indices, odd tokens and columns, every dtype."""
+    """Several windows of rows in a chunk of indices and the reverse, odd tokens, every dtype.
+
+    Rows begin at 16 bytes or they do not.
+    """
     op = "sampled_weight_grad"
     for tokens, out, width, share in ((1, 5, 3, 1.0), (300, 70, 19, 0.2), (530, 40, 33, 0.05)):
         for dtypes in ((F32, BF16), (BF16, F16), (F16, F32)):
             grads, x = (
-                draw("normal", tokens * (n + 3), dtype, g).view(tokens, n + 3)[:, 1 : n + 1]
-                for n, dtype in zip((out, width), dtypes, strict=True)
+                draw("normal", tokens * (n + more), dtype, g).view(tokens, n + more)[:, at : at + n]
+                for n, dtype, (at, more) in zip(
+                    (out, width), dtypes, ((0, -out % 8), (1, 3)), strict=True
+                )
             )
             given = grads, x, some_positions(out * width, share, g)
             yield (
