@@ -54,7 +54,16 @@ struct BFloat16 {
 struct Float16 {
   using Bits = uint16_t;
   static constexpr uint32_t kFullExponent = 0x7c00u;
-  __device__ static __forceinline__ float widen(uint16_t bits) { return fp16_to_float(bits); }
+  // The device's own conversion is exact, too, and one instruction instead of a dozen and a branch.
+  __device__ static __forceinline__ float widen(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#else
+    return fp16_to_float(bits);
+#endif
+  }
 };
 
 // Calls body with the Float32, BFloat16 or Float16 that a code names.
