@@ -16,13 +16,14 @@
 //            part of the panel in use (2 MB of 4096 columns) stays in L2. Staging rows of input in
 //            shared memory instead would save its way through L2, but a row of 14336 columns
 //            leaves room for 7 tokens, and random columns meet in the banks.
-// Instructions  counted in SASS for sm_90, bfloat16, a warp's: 2000 a thread block (245 a warp: two
-//            indices a thread, their rows by division), 1000 a window (126 a warp: 4 loads of 16
-//            bytes, 16 byte permutations, 8 stores), 47 an index (187 for four), 2060 a tile of the
-//            transposition. The kernel before it took 4800 a tile of half the width (loads of 2
-//            bytes), loaded every tile twice, and 70 an index: 250 an index in all, 476 million
-//            for 14336 x 4096 and 8192 tokens, 0.51 of its 0.63 ms if a processor issues 4 in
-//            every cycle of 1.75 GHz. Now it is 126 million, 0.14 ms; L2 bounds.
+// Instructions  of warps, counted in SASS for sm_90, bfloat16: 1600 a thread block (195 a warp: two
+//            indices a thread, their rows by division), 990 a window (124 a warp: 4 loads of 16
+//            bytes, 16 byte permutations, 8 stores, addresses), 47 an index (188 for four), 1730 a
+//            tile of the transposition. 14336 x 4096, 8192 tokens: 122 million, 61 an index in the
+//            kernel; 0.13 ms if a processor issues 4 in each cycle of 1.75 GHz, less than L2 takes.
+//            The kernel before it took 4800 for a tile of half the width (loads of 2 bytes, 37 each
+//            with address and predicate), loaded most tiles twice, and 70 an index: 253 an index in
+//            the kernel, 520 million with the transposition, 0.56 of the 0.63 ms an H200 took.
 // Traffic    bfloat16, 8192 tokens. grad_output and input are read once (4.3 TB/s), the panel goes
 //            to L2 and every index reads a row of it (2 bytes a product, 5.5 TB/s), and a step (32
 //            MB of scratch) has three launches of 2.5 us. Predicted on an H200 at 0.1 %, ms:
@@ -112,9 +113,8 @@ __device__ __forceinline__ void store_turned(const uint4 (&v)[4], int half, uint
     uint32_t pair[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t a = part(v[2 * i], c / 2);
-      const uint32_t b = part(v[2 * i + 1], c / 2);
-      pair[i] = c % 2 == 0 ? (a & 0xffffu) | (b << 16) : (a >> 16) | (b & 0xffff0000u);
+      pair[i] = __byte_perm(part(v[2 * i], c / 2), part(v[2 * i + 1], c / 2),
+                            c % 2 == 0 ? 0x5410 : 0x7632);
     }
     reinterpret_cast<uint2*>(words + c * Layout<uint16_t>::kWords)[half] =
         make_uint2(pair[0], pair[1]);
@@ -129,34 +129,52 @@ __device__ __forceinline__ void store_turned(const uint4 (&v)[4], int half, uint
   }
 }
 
-// All threads of the block, four vectors each. data: the tile's first token and column; zeros where
-// the matrix has no such token or column. aligned: every row of the tile begins at 16 bytes.
+// What a thread moves of a tile: four vectors of the same columns, of tokens 32 apart.
+struct Share {
+  uintptr_t address;  // in the matrix, if the tile begins at its first column
+  int column;
+  int tokens;  // what is left of the block's tokens from the first one on
+  int half;
+  uint4* words;  // in the tile
+};
 template <class Bits>
-__device__ __forceinline__ void load_tile(const Bits* data, int64_t row_stride, bool aligned,
-                                          int tokens, int columns, Tile64<Bits>& tile) {
-  const int own = static_cast<int>(threadIdx.x);
-  const int lane = own / 4 % 2 + own / 16 * 2;
-  const int half = own / 8 % 2;
-  const int row = own % 4 * Layout<Bits>::kColumnsOfVector;
+__device__ __forceinline__ Share share_of_thread(const Bits* data, int64_t row_stride, int tokens,
+                                                 Tile64<Bits>& tile) {
+  const unsigned own = threadIdx.x;
+  const int lane = static_cast<int>(own / 4 % 2 + own / 16 * 2);
+  const int half = static_cast<int>(own / 8 % 2);
   const int first = half * 4 * kWarp + lane;
-  const Bits* const p = data + first * row_stride + row;
-  columns -= row;
+  const int column = static_cast<int>(own % 4) * Layout<Bits>::kColumnsOfVector;
+  return {reinterpret_cast<uintptr_t>(data + first * row_stride + column), column, tokens - first,
+          half, tile.words + place_in_tile<Bits>(column, lane)};
+}
+
+// All threads of the block. first: the tile's first column, from which there are so many columns;
+// zeros where the matrix has no such token or column. aligned: rows begin at 16 bytes.
+template <class Bits>
+__device__ __forceinline__ void load_tile(const Share& share, int64_t row_stride, bool aligned,
+                                          int64_t first, int columns) {
+  constexpr int kBytes = static_cast<int>(sizeof(Bits));
+  const uintptr_t address = share.address + static_cast<uint64_t>(first) * kBytes;
+  const uint64_t step = static_cast<uint64_t>(row_stride) * (kWarp * kBytes);
+  const int left = columns - share.column;
   uint4 v[4];
-  if (aligned && columns >= Layout<Bits>::kColumnsOfVector) {
+  if (aligned && left >= Layout<Bits>::kColumnsOfVector) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       v[m] = make_uint4(0, 0, 0, 0);
-      if (first + m * kWarp < tokens) {
-        v[m] = __ldcs(reinterpret_cast<const uint4*>(p + m * kWarp * row_stride));
+      if (m * kWarp < share.tokens) {
+        v[m] = __ldcs(reinterpret_cast<const uint4*>(address + m * step));
       }
     }
   } else {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      v[m] = load_one_by_one(p + m * kWarp * row_stride, first + m * kWarp < tokens ? columns : 0);
+      v[m] = load_one_by_one(reinterpret_cast<const Bits*>(address + m * step),
+                             m * kWarp < share.tokens ? left : 0);
     }
   }
-  store_turned(v, half, tile.words + place_in_tile<Bits>(row, lane), Bits{});
+  store_turned(v, share.half, share.words, Bits{});
 }
 
 // A lane's element m.
@@ -177,8 +195,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t block = blockIdx.x / tiles;
   const int64_t first = int64_t{blockIdx.x % tiles} * Layout<Bits>::kColumns;
   const int here = at_most(columns - first, Layout<Bits>::kColumns);
-  load_tile(data + block * kBlock * row_stride + first, row_stride, aligned,
-            at_most(tokens - block * kBlock, kBlock), here, tile);
+  const Share share = share_of_thread(data + block * kBlock * row_stride, row_stride,
+                                      at_most(tokens - block * kBlock, kBlock), tile);
+  load_tile<Bits>(share, row_stride, aligned, first, here);
   __syncthreads();  // the tile is complete
   panel += (block * columns + first) * kWords;
 #pragma unroll
@@ -266,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename G::Bits) + sizeof(ty
   const int end = of_chunk + (more == here - of_chunk ? 0 : more);
   const uintptr_t own_panel =
       reinterpret_cast<uintptr_t>(panel) + static_cast<uint64_t>(block * panel_bytes + 16 * lane);
-  grads += block * kBlock * row_stride;
+  const Share share = share_of_thread(grads + block * kBlock * row_stride, row_stride,
+                                      at_most(tokens - block * kBlock, kBlock), tile);
   sums += block * n + first;
   for (int begin = left == of_chunk ? 0 : left; begin < end;) {
     const int window = windows[begin];
@@ -275,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename G::Bits) + sizeof(ty
                       __syncthreads_count(own_windows[1] <= window);
     const int stop = until < end ? until : end;
     const int64_t column = int64_t{window} * Grads::kColumns;
-    load_tile(grads + column, row_stride, aligned, at_most(tokens - block * kBlock, kBlock),
-              at_most(out - column, Grads::kColumns), tile);
+    load_tile<typename G::Bits>(share, row_stride, aligned, column,
+                                at_most(out - column, Grads::kColumns));
     __syncthreads();  // the tile is complete
     for (int s = begin + own / kWarp * kTogether; s < stop; s += kWarpsOfBlock * kTogether) {
       float parts[kTogether];

@@ -19,6 +19,16 @@ inline unsigned __brev(unsigned x) {
   for (int i = 0; i < 32; ++i) reversed |= ((x >> i) & 1u) << (31 - i);
   return reversed;
 }
+// Four bytes of x (numbers 0 .. 3) and y (4 .. 7), chosen by the selector's digits, lowest first.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long both = (static_cast<unsigned long long>(y) << 32) | x;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned number = (selector >> (4 * i)) & 7u;
+    chosen |= static_cast<unsigned>((both >> (8 * number)) & 0xffu) << (8 * i);
+  }
+  return chosen;
+}
 inline unsigned __float_as_uint(float x) { return simt::from_word<unsigned>(simt::to_word(x)); }
 inline float __uint_as_float(unsigned x) { return simt::from_word<float>(simt::to_word(x)); }
 inline int __float_as_int(float x) { return simt::from_word<int>(simt::to_word(x)); }
