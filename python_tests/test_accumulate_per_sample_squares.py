@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from piece_ops import _native, reference
+from piece_ops.backends import cpu
 from piece_ops.functional import accumulate_per_sample_squares_
 
 from helpers.cases import BF16, F16, F32, F64
@@ -234,6 +235,23 @@ def test_products_may_overflow() -> None:
     grad, x = torch.tensor([[1e30]]), torch.tensor([[1e30, 1e-5]])
     accumulate_per_sample_squares_(squares, grad, x, torch.tensor([0, 1]), sums)
     assert squares.tolist() == [[INF, INF]] and sums[0, 0] == INF and sums[0, 1] < INF
+
+
+@pytest.mark.parametrize("at", [(0, 0), (36, 100), (20, 48), (7, 99)])
+def test_the_cpu_kernel_tells_of_any_accumulator_that_overflows(
+    at: tuple[int, int], rng: torch.Generator
+) -> None:
+    grad, x, offsets = matrices(SHAPES["odd"], DTYPES["fp32"], rng)
+    squares, sums = torch.full((37, 101), 1e30), torch.zeros(37, 101)
+    assert not cpu.add_per_sample_squares(squares, grad, x, offsets, sums, None)
+    sums[at] = NAN  # whatever made it
+    assert cpu.add_per_sample_squares(None, grad, x, offsets, sums, None)
+    assert not cpu.add_per_sample_squares(squares, grad, x, offsets, None, None)
+    grad[3, at[0]] = x[3, at[1]] = 1e12  # a product is finite, its square is not
+    sums.zero_()
+    assert not cpu.add_per_sample_squares(None, grad, x, offsets, sums, None)
+    assert cpu.add_per_sample_squares(squares, grad, x, offsets, None, None)
+    assert not squares[at].isfinite()
 
 
 def test_flush_denormal_mode_changes_nothing(rng: torch.Generator) -> None:

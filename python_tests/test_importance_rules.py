@@ -289,14 +289,15 @@ def test_what_a_module_saved_goes_as_soon_as_it_is_used(monkeypatch: pytest.Monk
     importance = Importance(net, "piece-s", loss_fn=distance)
     importance.update(data())
     alive: list[weakref.ref[Tensor]] = []
-    real = rules.accumulate_per_sample_squares_
+    real = rules.cpu.add_per_sample_squares
 
-    def watched(squares: Any, grad: Tensor, inputs: Tensor, *rest: Any) -> None:
+    def watched(squares: Any, grad: Tensor, inputs: Tensor, *rest: Any) -> bool:
         assert all(old() is None for old in alive)
-        real(squares, grad, inputs, *rest)
+        overflowed = real(squares, grad, inputs, *rest)
         alive.extend([weakref.ref(grad), weakref.ref(inputs)])
+        return overflowed
 
-    monkeypatch.setattr(rules, "accumulate_per_sample_squares_", watched)
+    monkeypatch.setattr(rules.cpu, "add_per_sample_squares", watched)
     importance.update(data(1))
     assert len(alive) == 8
 

@@ -52,7 +52,8 @@ py::tuple accumulate_squares(const Ints& square_sums, const Ints& sums, const In
   return py::make_tuple(bad.tensor, bad.count);
 }
 
-// A matrix is address, features, stride and dtype; scales and accumulators may be 0.
+// A matrix is address, features, stride and dtype; scales and accumulators may be 0. Returns which
+// factor is not finite (-1: none), its count, and whether an accumulator is not finite afterwards.
 py::tuple accumulate_per_sample_squares(int64_t square_sums, const Ints& grad_output,
                                         const Ints& input, int64_t offsets, int64_t samples,
                                         int64_t sums, int64_t scales, int threads) {
@@ -69,12 +70,14 @@ py::tuple accumulate_per_sample_squares(int64_t square_sums, const Ints& grad_ou
   args.scales = reinterpret_cast<const float*>(scales);
   args.square_sums = reinterpret_cast<float*>(square_sums);
   args.sums = reinterpret_cast<float*>(sums);
+  bool overflowed = false;
+  args.overflowed = &overflowed;
   NonFinite bad;
   {
     const py::gil_scoped_release unlocked;
     bad = cpu::accumulate_per_sample_squares(cpu_context(threads), args);
   }
-  return py::make_tuple(bad.tensor, bad.count);
+  return py::make_tuple(bad.tensor, bad.count, overflowed);
 }
 
 // One k: over all tensors; else one for each, and so many thresholds (float64) and ties_kept

@@ -31,6 +31,9 @@ struct Bodies {
   // square_sums[i] += weight * (g[i] * g[i]); sums[i] += weight * g[i]; either may be null.
   void (*accumulate_squares)(DType dtype, const void* g, float* square_sums, float* sums,
                              float weight, int64_t n);
+  // to[r][c] += from[r][c], rows so many floats apart; whether a sum is not finite.
+  bool (*add_block)(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                    int64_t rows, int64_t columns);
   // Widen bfloat16 or float16 to float32, exactly.
   void (*to_float)(DType dtype, const void* x, float* out, int64_t n);
   // out[i] = the score formula; kPlain and kRandom are not evaluated here. out may be first.

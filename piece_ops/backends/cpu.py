@@ -45,6 +45,21 @@ def accumulate_per_sample_squares_(
     sums: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
+    add_per_sample_squares(square_sums, grad_output, input, offsets, sums, scales)
+
+
+def add_per_sample_squares(
+    square_sums: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None,
+    scales: Tensor | None,
+) -> bool:
+    """``accumulate_per_sample_squares_``; whether an accumulator is not finite afterwards.
+
+    The op sees every number that it writes, so that nobody has to read them again to know.
+    """
     tensors = (square_sums, grad_output, input, offsets, sums, scales)
     _schema.check_accumulate_per_sample_squares_(*tensors)
     offsets = offsets.contiguous()
@@ -54,7 +69,7 @@ def accumulate_per_sample_squares_(
         [x.data_ptr(), x.shape[1], x.stride(0), _schema.DTYPE_CODES[x.dtype]]
         for x in (grad_output, input)
     ]
-    tensor, count = extension().accumulate_per_sample_squares(
+    tensor, count, overflowed = extension().accumulate_per_sample_squares(
         *(0 if square_sums is None else square_sums.data_ptr(), *matrices),
         offsets.data_ptr(),
         offsets.numel() - 1,
@@ -63,6 +78,7 @@ def accumulate_per_sample_squares_(
     )
     _schema.raise_for_nonfinite_factor(grad_output, input, tensor, count)
     _schema.bump_versions([x for x in (square_sums, sums) if x is not None])
+    return bool(overflowed)
 
 
 @register("select_topk", "CPU")

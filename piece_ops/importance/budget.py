@@ -104,6 +104,9 @@ class _Passing(Target):
                 self._held[kind][name] = self._part._zero(name)
         return self._inner.open(name)
 
+    def note(self, name: str, overflowed: bool | None) -> None:
+        self._inner.note(name, overflowed)
+
     def close(self, name: str) -> None:
         self._inner.close(name)
         check_overflow(self._inner.overflowed([name]), _WHERE)

@@ -54,6 +54,7 @@ class RoundedTarget(Target):
             if stored is not None and value is not None:
                 key = _mix_number(self._seed ^ zlib.crc32(f"{kind}/{name}".encode()))
                 add_rounded_(stored, value, key=_mix_number(key ^ self.sample))
+                self.note(name, None)
 
 
 def _zeros_for(stored: Tensor | None) -> Tensor | None:

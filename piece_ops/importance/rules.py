@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from piece_ops._taps import kind_of as kind_of_class
+from piece_ops.backends import cpu
 from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_, total
 from piece_ops.importance.batches import Grid
 from piece_ops.importance.layouts import ModuleLayout, cut
@@ -182,6 +183,8 @@ class Target:
         self.on_device = on_device
         # `first` is the number of the next batch's first sample; `sample` that under way.
         self.first, self.sample, self.is_reference = first, first, is_reference
+        self._overflowed: set[str] = set()
+        self._unread: set[str] = set()  # what added to them did not tell whether they overflowed
 
     def open(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """The float32 accumulators of squares and of gradients, of those that are wanted."""
@@ -190,21 +193,31 @@ class Target:
     def close(self, name: str) -> None:
         """The batch's gradients of the parameter are all in."""
 
+    def note(self, name: str, overflowed: bool | None) -> None:
+        """Whether an accumulator that was added to is not finite now; None: nobody looked."""
+        if overflowed is None:
+            self._unread.add(name)
+        elif overflowed:
+            self._overflowed.add(name)
+
     def overflowed(self, names: Iterable[str]) -> str | None:
         """The first of these parameters whose accumulators are not finite any more.
 
-        Finite factors may have a product or a square that is not. One read of the accumulators,
-        added up in float64, which finite ones cannot overflow.
+        Finite factors may have a product or a square that is not. Products say so where they are
+        added; of the rest the accumulators are read once and added up in float64, which finite
+        ones cannot overflow.
         """
-        held = [(n, of[n]) for n in names for of in (self._square_sums, self._sums) if n in of]
+        both = (self._square_sums, self._sums)
+        held = [(n, of[n]) for n in names if n in self._unread for of in both if n in of]
         finite = _are_finite([sums for _, sums in held])
-        return next(
-            (n for (n, _), is_finite in zip(held, finite, strict=True) if not is_finite), None
-        )
+        found = {n for (n, _), is_finite in zip(held, finite, strict=True) if not is_finite}
+        found |= self._overflowed
+        return next((name for name in names if name in found), None)
 
     def add(self, name: str, grad: Tensor, sample: int | None = None) -> None:
         """Add one gradient and its square; ValueError, here or in `finish`, if not finite."""
         squares, sums = self.open(name)
+        self.note(name, None)
         if self.on_device is not None and self.on_device.add((name, sample), squares, grad, sums):
             return
         accumulate_squares_(
@@ -261,17 +274,25 @@ class Sums:
             sums,
             None if plain else torch.tensor(self.scales),
         )
-        if self.to.on_device is not None and self.to.on_device.add_product(name, *arguments):
-            return
-        for tensor in (use.left, use.right):
-            self._check(name, tensor, use.offsets)
-        accumulate_per_sample_squares_(*arguments)
+        overflowed = None
+        if self.to.on_device is None or not self.to.on_device.add_product(name, *arguments):
+            try:
+                if use.left.device.type == "cpu":
+                    overflowed = cpu.add_per_sample_squares(*arguments)
+                else:
+                    accumulate_per_sample_squares_(*arguments)
+            except ValueError:  # nothing was added; of which sample a factor is not finite
+                for tensor in (use.left, use.right):
+                    self._check(name, tensor, use.offsets)
+                raise
+        self.to.note(name, overflowed)
 
     def add_rows(self, name: str, use: Rows, product: Product | None) -> None:
         """Rows, and twice the rows times the products of the same parameter."""
         if self.to.on_device is None or not self.to.on_device.check(name, use.grad, use.offsets):
             self._check(name, use.grad, use.offsets)
         square_sums, sums = self.to.open(name)
+        self.to.note(name, None)
         for n, (first, end) in enumerate(itertools.pairwise(use.offsets.tolist())):
             ids, places = torch.unique(use.ids[first:end], return_inverse=True)
             part = use.grad.new_zeros((ids.numel(), use.grad.shape[1]), dtype=torch.float32)

@@ -234,6 +234,23 @@ const Products kProducts = {
     nullptr,
 };
 
+bool add_block(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+               int64_t columns) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  uint32_t any = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* __restrict sums = to + r * to_stride;
+    const float* __restrict added = from + r * from_stride;
+    for (int64_t c = 0; c < columns; ++c) {
+      sums[c] = sums[c] + added[c];
+      uint32_t bits;
+      __builtin_memcpy(&bits, &sums[c], sizeof(bits));
+      any |= (bits & kExponent) == kExponent ? 1u : 0u;
+    }
+  }
+  return any != 0;
+}
+
 // ---- sampled_weight_grad -----------------------------------------------------------------------
 
 // From this many used columns among kWide on, a block of kWide x kWide is transposed in registers;
@@ -415,9 +432,9 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite, accumulate_squares, to_float,    evaluate,   scan_float,
-    scan_double,     keys_float,         keys_double, adamw,      transpose_columns,
-    sampled_dots,    dense_dots,         read,        &kProducts,
+    count_nonfinite,   accumulate_squares, add_block,  to_float,    evaluate,
+    scan_float,        scan_double,        keys_float, keys_double, adamw,
+    transpose_columns, sampled_dots,       dense_dots, read,        &kProducts,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE

@@ -25,6 +25,7 @@ struct AccumulatePerSampleSquaresArgs {
   const float* scales;     // [samples] or null: all 1
   float* square_sums;      // [G's features, X's features] or null: leave out
   float* sums;             // likewise; += sum over samples of scale_n G_n^T X_n
+  bool* overflowed;        // or null: set where an accumulator is not finite afterwards
 };
 
 namespace cpu {
