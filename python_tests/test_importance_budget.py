@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from piece_ops.importance import Importance, estimate, rounding
-from piece_ops.importance.budget import bytes_of, groups_within, needs_of, peak_of
+from piece_ops.importance.budget import RunningTop, bytes_of, groups_within, needs_of, peak_of
 from piece_ops.importance.statistics import Statistics
 from piece_ops.selection import Selection
 
@@ -172,6 +172,26 @@ def test_a_budget_that_holds_everything_changes_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------- memory
+
+
+def test_what_is_complete_waits_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge, calls = RunningTop.merge, []
+
+    def watched(self: RunningTop, given: Any) -> None:
+        calls.append(len(next(iter(given.values()))))
+        merge(self, given)
+
+    monkeypatch.setattr(RunningTop, "merge", watched)
+    model = gpt2()
+    wanted = estimate(model, BATCHES[:1], density=0.02)
+    needs = needs_of(Importance(model, "piece-s")).values()
+    least, total = peak_of(needs, one_pass=True), sum(need.sums for need in needs)
+    for room, most in ((0, len(needs)), (total // 4, 5)):
+        calls.clear()
+        got = estimate(model, BATCHES[:1], density=0.02, memory_budget=least + room)
+        assert_identical(got, wanted)
+        assert 1 < len(calls) <= most
+        assert sum(calls) == len(needs)
 
 
 @pytest.mark.parametrize("batches", [BATCHES, BATCHES[:1]])

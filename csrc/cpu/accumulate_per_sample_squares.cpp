@@ -16,14 +16,14 @@
 //            from some 100 tokens on. 1536 x 576, 4096 tokens, one thread (Zen 5, 230 Gflop/s in
 //            float32): 212 Gflop/s, of 34 ms packing takes 4 and the look for NaN 1; bfloat16 445.
 //            The squares of samples of 64 tokens cost 15 % more, of 16 tokens 30 %.
-//            Asking for the accumulators' lines while their panel is multiplied took 12 to 18 % off
-//            in bfloat16 (AMX) and 7 to 9 % in float32: 60 M accumulators, 512 tokens, two threads.
-//            Looking at what is written, for an overflow, costs less than reading it again (3 to
-//            4 % of a pass over a model).
 //            AMX (Sapphire Rapids, one thread, the core's twin busy with AMX too, 2026-11-28):
 //            576 x 576, 512 tokens of bfloat16: samples of 64 606 Gflop/s, one of 512 790; by pairs
 //            93; the ordinary gradient by oneDNN 970. Of the time 61 % is in tiles, 18 % in adding
 //            blocks to the accumulators, 10 % in packing, 5 % in the look for NaN.
+//            Since then accumulators are asked for while the panel is multiplied that is added to
+//            them: 12 to 18 % less in bfloat16, 7 to 9 % in float32 (60 M accumulators, 512 tokens,
+//            two threads). What is written is looked at for an overflow, which is cheaper than to
+//            read it again (3 to 4 % of a pass over a model).
 // Scratch    X packed, at most kScratchWords at a time (else the work is done by column blocks),
 //            and for each thread a block of G, 4 x 96 bytes a token.
 // Determinism  bitwise, any thread count: each element's additions have one order, by tokens, then

@@ -55,7 +55,11 @@ class RunningTop:
         self._numbers: Numbers = {}
 
     def merge(self, given: Numbers) -> None:
-        """Take the best of some more parameters, given whole."""
+        """Take the best of some more parameters, given whole, in any order."""
+        given = {
+            kind: {name: tensors[name] for name in self._order if name in tensors}
+            for kind, tensors in given.items()
+        }
         sizes = {name: tensor.numel() for name, tensor in next(iter(given.values())).items()}
         excluded = {name: self._excluded[name] for name in sizes if name in self._excluded}
         room = sum(sizes.values()) - sum(tensor.numel() for tensor in excluded.values())
@@ -86,12 +90,19 @@ class RunningTop:
 
 
 class _Passing(Target):
-    """Accumulators of the parameters under way only; what is complete is merged and goes."""
+    """Accumulators of the parameters under way; what is complete is merged and goes.
 
-    once = True  # what is complete is ranked at once, so nothing can be left to `finish`
+    Not each by itself: a merge takes as long for one norm as for a layer. So what is complete
+    waits, up to `room` bytes.
+    """
 
-    def __init__(self, part: Importance, merge: Callable[[Numbers], None]) -> None:
-        self._part, self._merge = part, merge
+    once = True  # what is complete is ranked here, so nothing can be left to `finish`
+
+    def __init__(self, part: Importance, merge: Callable[[Numbers], None], room: int) -> None:
+        self._part, self._merge, self._room = part, merge, room
+        self._complete: dict[str, dict[str, Tensor]] = {}
+        self._sizes = bytes_of(part)
+        self._waiting = 0  # bytes
         self._held: dict[str, dict[str, Tensor]] = {"square_sums": {}, "sums": {}}
         self._inner = part._target(self._held["square_sums"], self._held["sums"], 0, False)
         self.done: set[str] = set()
@@ -113,8 +124,19 @@ class _Passing(Target):
         held = {kind: tensors.pop(name, None) for kind, tensors in self._held.items()}
         held["weights"] = self._part._candidates.parameters[name].detach()
         kinds = RANKED_BY[self._part.method]
-        self._merge({k: {name: t} for k in kinds if (t := held[k]) is not None})
+        for kind in kinds:
+            if (tensor := held[kind]) is not None:
+                self._complete.setdefault(kind, {})[name] = tensor
         self.done.add(name)
+        self._waiting += self._sizes[name]
+        if self._waiting > self._room:
+            self.flush()
+
+    def flush(self) -> None:
+        """Merge what is complete."""
+        if self._complete:
+            self._merge(self._complete)
+        self._complete, self._waiting = {}, 0
 
 
 def bytes_of(importance: Importance) -> dict[str, int]:
@@ -250,12 +272,14 @@ def select_within(
         part = _part(importance, plans, within_one_pass(needs, budget))
         counts = (part._samples_in(repeatable[0], _WHERE), 1)
         seen.add(counts[0])
-        passing = _Passing(part, top.merge)
+        peak = peak_of([needs[name] for name in part.names], one_pass=True)
+        passing = _Passing(part, top.merge, budget - peak)
         missed = part._add(repeatable[0], _WHERE, part._loss_fn, passing)
         for name in part.names:
             if name not in missed and name not in passing.done:  # no gradient reached it
                 passing.open(name)
                 passing.close(name)
+        passing.flush()
         left -= set(part.names) - missed
         reached = part._reached
     groups = [kept for group in groups if (kept := [name for name in group if name in left])]
