@@ -9,8 +9,10 @@ masking may freeze it and pays 2 (N - 28.3 M): 0.72 of the products' time at bes
 
 Memory beyond weights and activations: what is held from step to step, and the largest of what
 forward, backward and update each make on top. Forward and backward are watched by the dispatcher
-beside those of the same model frozen: a storage that has no counterpart of its size there counts,
-also where the logits are far larger, until it is freed. Copies of columns of an input, which
+beside those of the same model frozen: a storage that has no counterpart there, made by the same
+operation in the same size, counts, also where the logits are far larger, until it is freed. (By
+size alone, the products in norms' weight gradients, which come and go, would leave as many ordinary
+gradients of activations without counterparts.) Copies of columns of an input, which
 backward needs in place of the input, count as activations.
 
 The coordinates are chosen by the float32 model, once for both dtypes.
@@ -139,14 +141,14 @@ def beyond_activations(run: Sampled, frozen: Frozen, data: dict[str, Tensor]) ->
 
 
 def unmatched_peak(plain: Allocations, phase: Callable[[], None], model: nn.Module) -> int:
-    """Peak bytes of what a phase makes and the plain one does not, by size."""
-    expected = Counter(n_bytes for _, _, n_bytes in plain.made)
+    """Peak bytes of what a phase makes and the plain one does not, by operation and size."""
+    expected = Counter((operation, n_bytes) for operation, _, n_bytes in plain.made)
 
     def counts(operation: str, size: int) -> bool:
         if operation.startswith("aten.index_select"):  # columns of an input, kept for backward
             return False
-        expected[size] -= 1
-        return expected[size] < 0
+        expected[operation, size] -= 1
+        return expected[operation, size] < 0
 
     with Allocations(*model.parameters(), counts=counts) as seen:
         phase()

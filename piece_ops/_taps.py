@@ -71,6 +71,10 @@ class Tap:
             self.positions = place * stride + target.indices % stride
         else:
             self.positions = target.indices // stride * len(used) + place
+        # They are held all the time, so on the CPU in half the bytes; CUDA knows indices it has
+        # seen by their tensor.
+        if target.indices.device.type == "cpu" and target.weight.numel() < 2**31:
+            self.positions = self.positions.int()
         self.used = used
 
 
@@ -108,7 +112,7 @@ class _LinearTap(torch.autograd.Function):
             if weight_positions is not None:
                 x = _rows(x.to(g.dtype))  # as the layer saw it under autocast
                 pair = (x, g) if ctx.is_transposed else (g, x)
-                of_weight = sampled_weight_grad(*pair, weight_positions)
+                of_weight = sampled_weight_grad(*pair, weight_positions.long())
             if bias_positions is not None:
                 of_bias = g.index_select(1, bias_positions).sum(0, dtype=torch.float32)
         return grad, None, of_weight, None, of_bias, None, None
