@@ -7,7 +7,8 @@ With a memory budget of a tenth of the accumulators, `estimate` (piece-s, 4 rows
 over its batches once for each group of parameters, or once in all if there is but one batch; a pass
 should cost what the one over all parameters costs, and the selection must be the same.
 
-Who takes longer than `SECONDS` a call is called once: a loop over rows, an estimate.
+Everybody gets `ROUNDS` timed calls, but for estimates of many passes, which take longer than
+`SECONDS` and are called once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from piece_ops.importance.budget import groups_within, needs_of
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
 ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1)
 WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
-SECONDS = 2.5
+SECONDS, ROUNDS = 2.5, 3  # a cold call would be the result
 
 
 def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
@@ -80,8 +81,11 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
     return case(name, ids.numel(), (2 * width + 8) * n, peers, targets)
 
 
-def case(name: str, n: int, n_bytes: int, peers: list[Peer], targets: list[Target]) -> Case:
-    return Case("importance", name, n, n_bytes, peers, targets, peer_seconds=SECONDS)
+def case(
+    name: str, n: int, n_bytes: int, peers: list[Peer], targets: list[Target], rounds: int = ROUNDS
+) -> Case:
+    limits = {"peer_seconds": SECONDS, "least_rounds": rounds}
+    return Case("importance", name, n, n_bytes, peers, targets, **limits)
 
 
 def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batches: int) -> Case:
@@ -123,7 +127,8 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
     ]
     targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
     name, n = str(dtype).removeprefix("torch."), total // 8
-    return case(name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets)
+    rounds = ROUNDS if passes == 1 else 1
+    return case(name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets, rounds)
 
 
 def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
