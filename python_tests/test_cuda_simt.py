@@ -34,6 +34,9 @@ PLANTED = {
     "misaligned_copy": ("plain", r"misaligned asynchronous copy of 16 bytes"),
     "odd_copy": ("plain", r"asynchronous copy of 12 bytes; it must be 4, 8 or 16"),
     "copy_overrun": ("address", r"heap-buffer-overflow"),
+    "ticket_barrier": ("plain", r"a ticket is drawn when \d+ of 64 threads have come to it"),
+    "ticket_release": ("plain", r"a ticket is drawn without a fence since the last barrier"),
+    "ticket_acquire": ("plain", r"no fence after a ticket, before __syncthreads at planted\.cpp"),
 }
 
 

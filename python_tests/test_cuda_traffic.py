@@ -1,4 +1,6 @@
-"""How often select_topk reads the scores on emulated kernels: counted in pages, launch by launch.
+"""How often select_topk reads the scores on emulated kernels, and in how many launches.
+
+Reads are counted in pages, launch by launch.
 
 The emulation closes the scores' pages before every launch and counts those that it opens. A launch
 that reads a page twice counts once, which no kernel of select_topk does with scores.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import platform
+import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -20,9 +23,9 @@ from piece_ops.backends import cpu
 from piece_ops.backends.cuda_select_topk import Arguments, select
 
 from helpers import emulated
-from helpers.cases import F32, draw
+from helpers.cases import F32, F64, draw
 from helpers.compare import assert_bits_equal
-from helpers.emulated_select_topk import sampled_positions
+from helpers.emulated_select_topk import chunk_maxima, sampled_positions
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the emulation switches stacks in x86-64 assembler"
@@ -105,6 +108,48 @@ def test_both_samples_missed(extension: ModuleType, rng: Generator) -> None:
     for again in (False, True):
         x[sampled_positions(N, again=again)] -= 1000
     assert 4 < reads(extension, x, N // 1000) <= 6.5
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "algorithm", "dtype", "share", "launches"),
+    [
+        ("sample", "auto", F32, 0.001, 11),
+        ("digits", "radix", F32, 0.001, 11),
+        ("maxima", "radix", F32, 0.001, 11),
+        ("digits", "auto", F32, 0.5, 8),  # dense: nothing is kept that had a threshold to look for
+        ("sample", "auto", F64, 0.001, 17),
+    ],
+)
+def test_launches_of_a_call(
+    extension: ModuleType,
+    way: str,
+    algorithm: str,
+    dtype: torch.dtype,
+    share: float,
+    launches: int,
+    rng: Generator,
+) -> None:
+    """As many as the manual and the design say; where a step is not needed it returns at once."""
+    x = draw("gaussian_squared", 1 << 17, F32, rng).to(dtype)
+    k = int(x.numel() * share)
+    maxima = chunk_maxima([x]) if way == "maxima" else []
+    arguments = Arguments([x], [], [k], [], "plain", 0.0, 7, "raise", algorithm, maxima)
+    select(arguments)  # brings the table
+    before, ways = extension.launch_count(), list[str]()
+    select(arguments, ways)
+    assert (ways, extension.launch_count() - before) == ([way], launches)
+    manual = (emulated.ROOT / "csrc" / "cuda" / "select_topk.cu").read_text()
+    design = (emulated.ROOT / "docs" / "design.md").read_text()
+    if dtype == F32 and share < 0.25:
+        assert re.search(rf"\b{launches} launches\b", manual)
+        assert re.search(rf"\b{launches} launches\b", design)
+    elif dtype == F64:
+        assert f"float64: {launches}" in manual
+    else:
+        assert f"dense: {launches}" in manual
 
 
 # ---- with maxima ------------------------------------------------------------------------------

@@ -67,6 +67,36 @@ __device__ __forceinline__ T warp_scan(T own, int lane) {
   return own;
 }
 
+// True in the block that is the last of the grid to come here, which then may read what all others
+// wrote before they came. All threads of all blocks call it, once a launch; it is a barrier. *ticket
+// is zero before, and again after the launch.
+//
+// Nobody waits: a block draws a number and goes on to its end; the one that draws the highest knows
+// that all others have drawn theirs. Why it sees what they wrote (PTX memory model): the barrier
+// puts the writes of a block's threads before its thread 0's first fence, which with the atomic
+// after it is a release, for all that came before it. The atomic of the last block read a number
+// that goes back, atomic after atomic, to every other block's; with the fence after it that is an
+// acquire, and the second barrier hands it to the block's other threads. So plain loads are enough
+// (the fence also drops what this multiprocessor's L1 has), but not through the read-only path.
+// What another block reads before it draws cannot be what the last one writes after.
+//
+// The emulation runs one block after another and cannot show a lost write. It checks the form: who
+// draws has fenced since a barrier to which all threads had come, and fences again before the next.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+  __shared__ bool is_last;
+#if defined(PIECE_OPS_CUDA_EMULATION)
+  simt::come_to_ticket();
+#endif
+  __syncthreads();  // what this block's threads wrote comes before the fence
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // from the highest to 0 again
+    __threadfence();
+  }
+  __syncthreads();  // the number is drawn
+  return is_last;
+}
+
 [[noreturn]] inline void fail_cuda(cudaError_t error, const char* what, const char* file,
                                    int line) {
   // Not left behind for the next call that asks (a sticky error stays all the same).

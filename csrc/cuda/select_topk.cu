@@ -14,24 +14,35 @@
 //               what equals it, so data with few distinct values costs no more than any other.
 //               Where maxima are known (select_topk_sparse.cu) only the chunks that reach the bound
 //               are read.
-//            3. verify: kept + ties >= k, and kept within its room; else the report says "missed"
-//               and the caller tries the next way. kDigits cannot miss.
+//            3. verify (select_topk_verify.h): kept + ties >= k, and kept within its room; else the
+//               report says "missed" and the caller tries the next way. kDigits cannot miss.
 //            4. finish: the exact k-th largest of the kept, by digits, in L2; then positions, tile
 //               by tile, in order (select_topk_emit.cu).
 //            A dense selection (k > n / 4) keeps nothing: all digits, one read that counts, one
 //            that writes. Everything is launched at once; a step that is not needed returns at
 //            once. The host synchronises when it reads the report, once for each way tried.
-// Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read, and in
-//            brackets whole calls measured on one (2026-11-28), 0.3 ms of host time in each:
-//               kSample           4.10   reads 1.02     1e9 1.01 ms [1.58]   8e9 7.8 ms [9.4]
-//               kSample, maxima   0.29   reads 0.07     1e9 0.13 ms [0.61]   8e9 0.8 ms   (3e7: 0.44)
-//               kMaxima           0.65   reads 0.16     1e9 0.25 ms    8e9 1.5 ms
-//               kResample         4.15   reads 1.04     1e9 1.02 ms    8e9 7.9 ms
-//               kDigits           8.1    reads 2 to 4   1e9 2.0 ms [2.5]     8e9 15.5 ms [18.2]
-//               dense             20     reads 5        1e9 4.7 ms     8e9 38 ms
-//            Bound: HBM; some 20 launches, 0.15 ms in all (measured), rule below 1e8 scores.
-//            Measured at 1e9: the filter 1.11 ms (3.6 TB/s; before its ring, select_topk_ring.h),
-//            what is before it 0.09, after it 0.08.
+// Launches   11 launches (float64: 17; dense: 8), whatever the data, counted on the emulation: prepare;
+//            sample with its first digit, 2 digits; filter and verify; 3 digits; share and scan,
+//            emit, reread and report. What needs the results of all blocks of a kernel is done by its
+//            last block to end (is_last_block of gpu.h). Compiled and emulated, not run on a GPU.
+//            With 22 launches, 1e9 scores took an H200 1.11 ms in the filter (3.6 TB/s; before its
+//            ring, select_topk_ring.h), 0.09 before it and 0.08 after it (2026-11-28). A launch costs
+//            3 to 5 us where it waits for the one before; 11 fewer at 4 us are 0.044 ms: 0.13 instead
+//            of 0.17 ms beside the filter, and of whole calls, with the host of then, 1e9 1.58 -> 1.54
+//            ms, 8e9 9.40 -> 9.36 (if the ring's filter takes the 0.94 and 7.5 ms predicted, 1.37 and
+//            8.0), by the maxima 0.61 -> 0.57, fused with the accumulation 0.45 -> 0.41 (0.38 of a
+//            read). Programmatic dependent launch would let a kernel start while the last one drains,
+//            1 to 2 us each, but every kernel begins with what the one before wrote: not used.
+// Traffic    bytes a score, float32, k = 0.1 %; predicted for an H200 at 4.3 TB/s read and 0.13 ms of
+//            small kernels, and in brackets whole calls measured on one (2026-11-28, 22 launches),
+//            0.3 ms of host time in each:
+//               kSample           4.10   reads 1.02     1e9 1.08 ms [1.58]   8e9 7.8 ms [9.4]
+//               kSample, maxima   0.29   reads 0.07     1e9 0.20 ms [0.61]   8e9 0.8 ms   (3e7: 0.44)
+//               kMaxima           0.65   reads 0.16     1e9 0.33 ms    8e9 1.6 ms
+//               kResample         4.15   reads 1.04     1e9 1.10 ms    8e9 8.0 ms
+//               kDigits           8.1    reads 2 to 4   1e9 2.1 ms [2.5]     8e9 15.6 ms [18.2]
+//               dense             20     reads 5        1e9 4.8 ms     8e9 38 ms
+//            Bound: HBM; below 1e8 scores the launches.
 //            Few distinct values: one read, and again those tiles whose ties are selected. Counted
 //            on the emulation (pages each launch touches; 1e6 scores, k = 0.1 %): all equal 1.00,
 //            99 % zeros 1.00, 5 values 1.01, 256 values 1.25, and the sample.
@@ -41,7 +52,8 @@
 // Scratch    6 (float64: 10) bytes for each of room = min(n, 2 k + n / 128 + 4096) kept scores, 32
 //            to 40 a tile of 4096 (maxima: 32768), 4 (8) a sampled score, 33 KB: 0.07 bytes a score
 //            at k = 0.1 %. Caller-owned.
-// Determinism  integer counts; order by tiles. Blocks never wait for one another.
+// Determinism  integer counts; order by tiles. Blocks never wait for one another: one that draws the
+//            last ticket does what is left.
 // Limits     2^63 - 1 elements; 2^31 - 1 tensors; tensors in any alignment; sm_80 and later.
 // Source     bound and verify: Floyd & Rivest, CACM 18(3), 1975; digits: Alabi et al., JEA 17, 2012;
 //            maxima: Dr. Top-k, SC'21.
@@ -207,9 +219,6 @@ template <class K>
 struct Scratch {
   TopkFound<K> found;
   TopkSearch<K>* bound;
-  TopkSearch<K>* threshold;
-  unsigned long long* histogram;
-  int64_t zeroed_bytes;  // from the start: state, histogram, nans
   TopkTable table;
   TopkTable maxima;
   K* sample;
@@ -225,11 +234,9 @@ Scratch<K> make_scratch(const SelectTopkArgs& args, const float* const* maxima, 
   Scratch<K> s{};
   Carver carver(base);
   s.found.state = carver.take<TopkState>(1);
-  s.histogram = carver.take<unsigned long long>(kMaxBins);
   s.found.nans = args.nan_is_lowest ? nullptr : carver.take<unsigned long long>(args.count);
-  s.zeroed_bytes = carver.used();
   s.bound = carver.take<TopkSearch<K>>(1);
-  s.threshold = carver.take<TopkSearch<K>>(1);
+  s.found.threshold = carver.take<TopkSearch<K>>(1);
 
   s.table.rows = reinterpret_cast<const TopkRow*>(words);
   s.table.count = args.count;
@@ -290,27 +297,24 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
   s.table.check = check;
   const int64_t spare = spare_of(s.table.n);
   const int64_t excluded = measure(args, maxima).excluded;
-  PIECE_OPS_CUDA_CHECK(cudaMemsetAsync(base, 0, static_cast<size_t>(s.zeroed_bytes), to.stream));
+  const int64_t rank = is_sampled(way)           ? sample_rank(args.k, s.table.n, way)
+                       : way == TopkWay::kDigits ? args.k
+                                                 : args.k + excluded;
 
   // 1. the bound
+  launch_prepare(to, s.table, s.maxima, s.found, s.bound, rank);
   if (is_sampled(way)) {
-    const TopkStrata strata = make_strata(s.table.n, way);
-    const int64_t rank = sample_rank(args.k, s.table.n, way);
-    launch_prepare(to, s.table, s.bound, rank);
     if (rank > 0) {
-      launch_sample(to, s.table, strata, s.sample);
-      launch_search_list<K>(to, s.sample, nullptr, strata.count, s.bound, s.histogram);
+      launch_search_sample(to, s.table, make_strata(s.table.n, way), s.sample, s.bound,
+                           s.found.state);
     }
   } else if (way == TopkWay::kDigits) {
-    launch_prepare(to, s.table, s.bound, args.k);
-    launch_search_scores(to, s.table, s.bound, s.histogram, s.found.store ? spare : 0);
+    launch_search_scores(to, s.table, s.bound, s.found.state, s.found.store ? spare : 0);
   } else {
     TopkLaunch plain = to;
     plain.formula = {Score::kPlain, 0.0f, 0};
     plain.input = TopkInput::kOne;
-    launch_prepare(to, s.table, s.threshold, 0);
-    launch_prepare(plain, s.maxima, s.bound, args.k + excluded);
-    launch_search_scores(plain, s.maxima, s.bound, s.histogram, spare / kChunk);
+    launch_search_scores(plain, s.maxima, s.bound, s.found.state, spare / kChunk);
   }
 
   // 2. to 4.
@@ -319,12 +323,11 @@ void run(const Context& context, const SelectTopkArgs& args, const float* const*
   } else {
     launch_filter(to, s.table, s.bound, s.found);
   }
-  launch_verify(to, s.table, s.bound, s.threshold, s.found);
   if (s.found.store) {
-    launch_search_list<K>(to, s.found.keys, &s.found.state->kept, s.found.room, s.threshold,
-                          s.histogram);
+    launch_search_list<K>(to, s.found.keys, &s.found.state->kept, s.found.room, 0,
+                          s.found.threshold, s.found.state);
   }
-  launch_emit(to, s.table, s.bound, s.threshold, s.found, args.indices, args.counts, report);
+  launch_emit(to, s.table, s.bound, s.found, args.indices, args.counts, report);
 }
 
 }  // namespace

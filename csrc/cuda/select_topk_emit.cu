@@ -5,16 +5,17 @@
 // Algorithm  1. share: 8 lanes a tile count what of its kept is above the threshold and what equals
 //               it (if the threshold is the bound, the filter's counts say so); a block has 256
 //               tiles and writes their sum.
-//            2. scan: one block turns the sums of all groups into what comes before each; ties at
-//               the threshold that are needed: quota = k - all above.
+//            2. scan: the last block of share turns the sums of all groups into what comes before
+//               each; ties at the threshold that are needed: quota = k - all above.
 //            3. emit: a block scans its 256 tiles: a tile's positions go to
 //                   above before it + min(ties before it, quota),
 //               and it gives as many of its ties as the quota still holds. Then 8 lanes a tile
 //               copy.
 //            4. reread: tiles that must give ties equal to the bound, which are not in the list, or
 //               all tiles of a dense selection, are read again, a block a tile, ballots and a scan.
-//            5. report: counts are differences of the tiles' places; a thread a tensor.
-//            Each step is a launch of its own, so no block waits for another.
+//            5. report, by the same launch: counts are differences of the tiles' places; a thread
+//               a tensor.
+//            Three launches, in which no block waits for another.
 // Traffic    8 (12) bytes a kept score twice, 8 bytes a selected one, 40 bytes a tile: 0.3 % of
 //            float32 at k = 0.1 %, most of it in L2. Reread: 4 bytes for each score of a tile that
 //            gives ties at the bound, at most one read of everything. Bound: latency and launches;
@@ -29,17 +30,63 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 8;  // of a tile, in share and emit
-constexpr int kScanThreads = 1024;
 static_assert(kThreads == kGroupTiles, "emit scans one tile a thread");
 static_assert(kSparseSlots < 1 << 16, "two counts in 32 bits");
 
+// Exclusive scans over the groups, in place, by the last block; the quota. A thread has a run of
+// groups: one pass for its sum, one for its places.
+template <class K>
+PIECE_OPS_DEVICE void scan_groups(int64_t groups, const TopkFound<K>& found) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ int64_t above_sums[kWarps];
+  __shared__ int64_t tie_sums[kWarps];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t run = (groups + kThreads - 1) / kThreads;
+  const int64_t begin = run * threadIdx.x;
+  const int64_t end = begin + run < groups ? begin + run : groups;
+  int64_t above = 0;
+  int64_t ties = 0;
+#pragma unroll 4
+  for (int64_t g = begin; g < end; ++g) {
+    above += found.group_above[g];
+    ties += found.group_ties[g];
+  }
+  const int64_t above_upto = warp_scan(above, lane);
+  const int64_t ties_upto = warp_scan(ties, lane);
+  if (lane == kWarp - 1) {
+    above_sums[warp] = above_upto;
+    tie_sums[warp] = ties_upto;
+  }
+  __syncthreads();  // the warps' sums are there
+  int64_t above_before = above_upto - above;
+  int64_t ties_before = ties_upto - ties;
+  int64_t all_above = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) {
+      above_before += above_sums[w];
+      ties_before += tie_sums[w];
+    }
+    all_above += above_sums[w];
+  }
+#pragma unroll 4
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t above_here = found.group_above[g];
+    const int64_t ties_here = found.group_ties[g];
+    found.group_above[g] = above_before;
+    found.group_ties[g] = ties_before;
+    above_before += above_here;
+    ties_before += ties_here;
+  }
+  if (threadIdx.x == 0) found.state->quota = found.k - all_above;
+}
+
 template <class K>
 __global__ void __launch_bounds__(kThreads)
-    share_kernel(TopkTable table, const TopkSearch<K>* bound, const TopkSearch<K>* threshold,
-                 TopkFound<K> found) {
+    share_kernel(TopkTable table, const TopkSearch<K>* bound, int64_t groups, TopkFound<K> found) {
   __shared__ unsigned long long warp_sums[kThreads / kWarp];
   if (found.state->status != TopkReport::kFound) return;  // all threads alike
-  const K threshold_key = threshold->bound();
+  const K threshold_key = found.threshold->bound();
   const bool at_bound = threshold_key == bound->bound();
   const int sub = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
@@ -75,60 +122,18 @@ __global__ void __launch_bounds__(kThreads)
     found.group_above[blockIdx.x] = static_cast<int64_t>(sum >> 32);
     found.group_ties[blockIdx.x] = static_cast<int64_t>(sum & 0xffffffffu);
   }
-}
-
-// One block: exclusive scans over the groups, in place; the quota.
-template <class K>
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t groups, TopkFound<K> found) {
-  constexpr int kWarps = kScanThreads / kWarp;
-  // Two sets in turn, so that one barrier a round is enough.
-  __shared__ unsigned long long above_sums[2][kWarps];
-  __shared__ unsigned long long tie_sums[2][kWarps];
-  if (found.state->status != TopkReport::kFound) return;  // all threads alike
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  unsigned long long above_before = 0;
-  unsigned long long ties_before = 0;
-  for (int64_t first = 0; first < groups; first += kScanThreads) {
-    const int64_t g = first + threadIdx.x;
-    const unsigned long long above = g < groups ? found.group_above[g] : 0;
-    const unsigned long long ties = g < groups ? found.group_ties[g] : 0;
-    const unsigned long long above_upto = warp_scan(above, lane);
-    const unsigned long long ties_upto = warp_scan(ties, lane);
-    const int set = static_cast<int>(first / kScanThreads % 2);
-    if (lane == kWarp - 1) {
-      above_sums[set][warp] = above_upto;
-      tie_sums[set][warp] = ties_upto;
-    }
-    __syncthreads();  // the warps' sums are there; those of the round before last have been read
-    unsigned long long above_here = above_before + above_upto - above;
-    unsigned long long ties_here = ties_before + ties_upto - ties;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) {
-        above_here += above_sums[set][w];
-        ties_here += tie_sums[set][w];
-      }
-      above_before += above_sums[set][w];
-      ties_before += tie_sums[set][w];
-    }
-    if (g < groups) {
-      found.group_above[g] = static_cast<int64_t>(above_here);
-      found.group_ties[g] = static_cast<int64_t>(ties_here);
-    }
-  }
-  if (threadIdx.x == 0) found.state->quota = found.k - static_cast<int64_t>(above_before);
+  if (is_last_block(&found.state->ticket)) scan_groups(groups, found);
 }
 
 template <class K>
 __global__ void __launch_bounds__(kThreads)
-    emit_kernel(TopkTable table, const TopkSearch<K>* bound, const TopkSearch<K>* threshold,
-                TopkFound<K> found, int64_t* indices) {
+    emit_kernel(TopkTable table, const TopkSearch<K>* bound, TopkFound<K> found, int64_t* indices) {
   __shared__ unsigned long long warp_sums[kThreads / kWarp];
   __shared__ int64_t outs[kGroupTiles];
   __shared__ uint32_t shares[kGroupTiles];  // ties; kReread: the tile is not copied from the list
   constexpr uint32_t kReread = 0xffffffffu;
   if (found.state->status != TopkReport::kFound) return;  // all threads alike
-  const K threshold_key = threshold->bound();
+  const K threshold_key = found.threshold->bound();
   const bool at_bound = threshold_key == bound->bound();
 
   {  // one tile a thread: where its positions go, how many ties it gives
@@ -196,17 +201,52 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The report, and what each tensor gives: the differences of the tiles' places. A thread a tensor.
+template <class K>
+PIECE_OPS_DEVICE void tell(const TopkTable& table, const TopkFound<K>& found, int64_t* counts,
+                           TopkReport* report) {
+  using T = std::conditional_t<sizeof(K) == 8, double, float>;
+  const TopkState& state = *found.state;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (first == 0) {
+    TopkReport out{};
+    out.status = state.status;
+    out.kept = static_cast<int64_t>(state.kept);
+    out.ties = static_cast<int64_t>(state.ties);
+    out.nan_tensor = -1;
+    out.check = table.check ? *table.check : kNothingWrong;
+    if (state.status == TopkReport::kNan) {
+      out.nan_tensor = table.count - static_cast<int64_t>(state.first_nan);
+      out.nan_count = static_cast<int64_t>(found.nans[out.nan_tensor]);
+    } else if (state.status == TopkReport::kFound) {
+      out.threshold = static_cast<double>(from_key<T>(found.threshold->bound()));
+      out.ties_kept = state.quota;
+    }
+    *report = out;
+  }
+  if (state.status != TopkReport::kFound) return;
+  for (int64_t t = first; t < table.count; t += stride) {
+    const int64_t begin = table.first_tile(t);
+    const int64_t end = table.first_tile(t + 1);
+    const int64_t from = begin == table.tiles ? found.k : found.outs[begin];
+    const int64_t to = end == table.tiles ? found.k : found.outs[end];
+    counts[t] = to - from;
+  }
+}
+
 template <TopkInput kInput, class K>
 __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>,
                                   512 / kTileThreads<ScoreOf<kInput>>)
     reread_kernel(TopkTable table, TopkFormula formula, const TopkSearch<K>* bound,
-                  const TopkSearch<K>* threshold, TopkFound<K> found, int64_t* indices) {
+                  TopkFound<K> found, int64_t* indices, int64_t* counts, TopkReport* report) {
   using T = ScoreOf<kInput>;
   constexpr int kWarps = kTileWarps<T>;
   constexpr int kCount = kPerLane<T>;
   __shared__ uint32_t warp_chosen[2][kWarps];  // above << 16 | ties, of this round and the last one
+  tell(table, found, counts, report);
   if (found.state->status != TopkReport::kFound) return;  // all threads alike
-  const K threshold_key = threshold->bound();
+  const K threshold_key = found.threshold->bound();
   if (found.store && threshold_key != bound->bound()) return;  // all threads alike
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -290,72 +330,32 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>,
   }
 }
 
-template <class K>
-__global__ void __launch_bounds__(kThreads)
-    report_kernel(TopkTable table, const TopkSearch<K>* threshold, TopkFound<K> found,
-                  int64_t* counts, TopkReport* report) {
-  using T = std::conditional_t<sizeof(K) == 8, double, float>;
-  const TopkState& state = *found.state;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (first == 0) {
-    TopkReport out{};
-    out.status = state.status;
-    out.kept = static_cast<int64_t>(state.kept);
-    out.ties = static_cast<int64_t>(state.ties);
-    out.nan_tensor = -1;
-    out.check = table.check ? *table.check : kNothingWrong;
-    if (state.status == TopkReport::kNan) {
-      out.nan_tensor = table.count - static_cast<int64_t>(state.first_nan);
-      out.nan_count = static_cast<int64_t>(found.nans[out.nan_tensor]);
-    } else if (state.status == TopkReport::kFound) {
-      out.threshold = static_cast<double>(from_key<T>(threshold->bound()));
-      out.ties_kept = state.quota;
-    }
-    *report = out;
-  }
-  if (state.status != TopkReport::kFound) return;
-  for (int64_t t = first; t < table.count; t += stride) {
-    const int64_t begin = table.first_tile(t);
-    const int64_t end = table.first_tile(t + 1);
-    const int64_t from = begin == table.tiles ? found.k : found.outs[begin];
-    const int64_t to = end == table.tiles ? found.k : found.outs[end];
-    counts[t] = to - from;
-  }
-}
-
 }  // namespace
 
 template <class K>
 void launch_emit(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
-                 const TopkSearch<K>* threshold, const TopkFound<K>& found, int64_t* indices,
-                 int64_t* counts, TopkReport* report) {
+                 const TopkFound<K>& found, int64_t* indices, int64_t* counts, TopkReport* report) {
   using T = std::conditional_t<sizeof(K) == 8, double, float>;
   const int64_t groups = (table.tiles + kGroupTiles - 1) / kGroupTiles;
-  launch(share_kernel<K>, groups, kThreads, 0, to.stream, table, bound, threshold, found);
-  launch(scan_kernel<K>, 1, kScanThreads, 0, to.stream, groups, found);
-  launch(emit_kernel<K>, groups, kThreads, 0, to.stream, table, bound, threshold, found, indices);
+  launch(share_kernel<K>, groups, kThreads, 0, to.stream, table, bound, groups, found);
+  launch(emit_kernel<K>, groups, kThreads, 0, to.stream, table, bound, found, indices);
   const int64_t most = int64_t{to.multiprocessors} * 8;
-  const int64_t grid = table.tiles < most ? table.tiles : most;
+  const auto start = [&](auto kernel) {
+    launch(kernel, table.tiles < most ? table.tiles : most, kTileThreads<T>, 0, to.stream, table,
+           to.formula, bound, found, indices, counts, report);
+  };
   if constexpr (sizeof(K) == 8) {
-    launch(reread_kernel<TopkInput::kDouble, K>, grid, kTileThreads<T>, 0, to.stream, table,
-           to.formula, bound, threshold, found, indices);
+    start(reread_kernel<TopkInput::kDouble, K>);
   } else {
-    const auto kernel = to.input == TopkInput::kOne   ? reread_kernel<TopkInput::kOne, K>
-                        : to.input == TopkInput::kTwo ? reread_kernel<TopkInput::kTwo, K>
-                                                      : reread_kernel<TopkInput::kHash, K>;
-    launch(kernel, grid, kTileThreads<T>, 0, to.stream, table, to.formula, bound, threshold, found,
-           indices);
+    start(to.input == TopkInput::kOne   ? reread_kernel<TopkInput::kOne, K>
+          : to.input == TopkInput::kTwo ? reread_kernel<TopkInput::kTwo, K>
+                                        : reread_kernel<TopkInput::kHash, K>);
   }
-  const int64_t report_blocks = (table.count + kThreads - 1) / kThreads;
-  launch(report_kernel<K>, report_blocks < most ? report_blocks : most, kThreads, 0, to.stream,
-         table, threshold, found, counts, report);
 }
 
-#define PIECE_OPS_INSTANTIATE(K)                                                              \
-  template void launch_emit<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*,     \
-                               const TopkSearch<K>*, const TopkFound<K>&, int64_t*, int64_t*, \
-                               TopkReport*);
+#define PIECE_OPS_INSTANTIATE(K)                                                          \
+  template void launch_emit<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
+                               const TopkFound<K>&, int64_t*, int64_t*, TopkReport*);
 PIECE_OPS_INSTANTIATE(uint32_t)
 PIECE_OPS_INSTANTIATE(uint64_t)
 #undef PIECE_OPS_INSTANTIATE

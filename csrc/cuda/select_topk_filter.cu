@@ -21,8 +21,8 @@
 //               1.38 ms on an H200, 2.9 TB/s.)
 //            Batches lie in the order of the atomic adds. Nothing depends on it: the tile says where
 //            its share is, and the output's order is that of the tiles (select_topk_emit.cu). No
-//            block waits for another. What does not fit the room is counted, not written; verify
-//            then calls for another round.
+//            block waits for another. What does not fit the room is counted, not written; verify,
+//            by the last block to end, then calls for another round.
 // Traffic    read the scores once (4, 2 or 8 bytes; with a second input those of both), 4 bytes a
 //            tile of map; write 6 (10) bytes a kept score, 12 bytes a tile: 0.07 % of float32.
 //            Bound: HBM. In flight: 32 KiB a block (16-bit types: 16), whatever is judged meanwhile;
@@ -41,6 +41,7 @@
 // Limits     a tile's counts fit 16 bits; positions 64.
 #include "select_topk_quick.h"
 #include "select_topk_ring.h"
+#include "select_topk_verify.h"
 #include "tiles.h"
 
 namespace piece_ops::cuda {
@@ -297,31 +298,7 @@ __global__ void __launch_bounds__(kTileThreads<ScoreOf<kInput>>, kMinBlocks<kInp
     });
   }
   if (batch_tiles > 0) write_batch(&batch, batch_tiles, batch_kept, found);
-}
-
-// One thread: are there enough, and did they fit? Sets out the search for the threshold.
-template <class K>
-__global__ void verify_kernel(TopkTable table, const TopkSearch<K>* bound, TopkSearch<K>* threshold,
-                              TopkFound<K> found) {
-  TopkState& state = *found.state;
-  const unsigned long long kept = state.kept;
-  const bool enough = kept + state.ties >= static_cast<unsigned long long>(found.k);
-  const bool fits = !found.store || kept <= static_cast<unsigned long long>(found.room);
-  const bool has_nan = found.nans != nullptr && state.first_nan != 0;
-  state.status = table.is_broken() ? TopkReport::kBroken
-                 : has_nan         ? TopkReport::kNan
-                 : enough && fits  ? TopkReport::kFound
-                                   : TopkReport::kMissed;
-  TopkSearch<K> search{0, 0, 0, found.k, 0, 0};
-  if (state.status != TopkReport::kFound) {
-    search.done = 1;
-  } else if (kept < static_cast<unsigned long long>(found.k)) {  // ties at the bound are needed
-    search.prefix = bound->bound();
-    search.known = static_cast<int>(sizeof(K)) * 8;
-    search.above = static_cast<int64_t>(kept);
-    search.done = 1;
-  }
-  *threshold = search;
+  verify(search, found);
 }
 
 template <TopkInput kInput>
@@ -353,17 +330,9 @@ void launch_filter(const TopkLaunch& to, const TopkTable& table, const TopkSearc
   }
 }
 
-template <class K>
-void launch_verify(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
-                   TopkSearch<K>* threshold, const TopkFound<K>& found) {
-  launch(verify_kernel<K>, 1, 1, 0, to.stream, table, bound, threshold, found);
-}
-
 #define PIECE_OPS_INSTANTIATE(K)                                                            \
   template void launch_filter<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
-                                 const TopkFound<K>&);                                      \
-  template void launch_verify<K>(const TopkLaunch&, const TopkTable&, const TopkSearch<K>*, \
-                                 TopkSearch<K>*, const TopkFound<K>&);
+                                 const TopkFound<K>&);
 PIECE_OPS_INSTANTIATE(uint32_t)
 PIECE_OPS_INSTANTIATE(uint64_t)
 #undef PIECE_OPS_INSTANTIATE

@@ -27,6 +27,7 @@
 // Source     delegates: Gaihre et al., Dr. Top-k, SC'21; here the producer of the scores leaves
 //            them.
 #include "select_topk_load.h"
+#include "select_topk_verify.h"
 
 namespace piece_ops::cuda {
 
@@ -212,6 +213,7 @@ __global__ void __launch_bounds__(kThreads, 5)
       }
     }
   }
+  verify(search, found);
 }
 
 }  // namespace

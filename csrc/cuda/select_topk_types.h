@@ -95,18 +95,22 @@ struct TopkSearch {
   }
 };
 
-// What the blocks of one selection tell the kernels after them. Zeroed at the start.
+// What the blocks of one selection tell the kernels after them; prepare sets it.
 struct TopkState {
   unsigned long long kept;       // keys above the bound
   unsigned long long ties;       // keys equal to it
   unsigned long long first_nan;  // table.count - the first tensor with NaN; 0: none
   int64_t quota;                 // ties at the threshold that are selected
-  int64_t status;                // TopkStatus
+  int64_t status;                // of TopkReport
+  unsigned ticket;               // of the kernel that runs (is_last_block)
+  unsigned reserved;
+  unsigned long long histogram[kMaxBins];  // of the digit that is looked for
 };
 
 // Where the filter put the share of each tile, and what becomes of it.
 template <class K>
 struct TopkFound {
+  TopkSearch<K>* threshold;  // the search among the kept; verify sets it out
   K* keys;                   // [room]
   uint16_t* slots;           // [room]
   int64_t* starts;           // [tiles]: in keys and slots
@@ -150,35 +154,34 @@ struct TopkLaunch {
 };
 
 // select_topk_bound.cu
+// Both tables (maxima: one without tiles, if there is none), the state, and the bound's search.
 template <class K>
-void launch_prepare(const TopkLaunch& to, const TopkTable& table, TopkSearch<K>* search,
-                    int64_t rank);
+void launch_prepare(const TopkLaunch& to, const TopkTable& table, const TopkTable& maxima,
+                    const TopkFound<K>& found, TopkSearch<K>* bound, int64_t rank);
+// Draws the sample and finds its rank-th largest.
 template <class K>
-void launch_sample(const TopkLaunch& to, const TopkTable& table, TopkStrata strata, K* keys);
-// All digits of the rank-th largest of keys[0 .. min(*count or limit, limit)).
+void launch_search_sample(const TopkLaunch& to, const TopkTable& table, TopkStrata strata, K* keys,
+                          TopkSearch<K>* search, TopkState* state);
+// The rank-th largest of keys[0 .. min(*count or limit, limit)), from this digit on.
 template <class K>
 void launch_search_list(const TopkLaunch& to, const K* keys, const unsigned long long* count,
-                        int64_t limit, TopkSearch<K>* search, unsigned long long* histogram);
+                        int64_t limit, int first_digit, TopkSearch<K>* search, TopkState* state);
 // The digits of the rank-th largest of all scores, until no more than `enough` share the prefix.
 template <class K>
 void launch_search_scores(const TopkLaunch& to, const TopkTable& table, TopkSearch<K>* search,
-                          unsigned long long* histogram, int64_t enough);
+                          TopkState* state, int64_t enough);
 
-// select_topk_filter.cu, select_topk_sparse.cu
+// select_topk_filter.cu, select_topk_sparse.cu: each verifies what it found (select_topk_verify.h)
 template <class K>
 void launch_filter(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
                    const TopkFound<K>& found);
-template <class K>
-void launch_verify(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
-                   TopkSearch<K>* threshold, const TopkFound<K>& found);
 void launch_sparse_filter(const TopkLaunch& to, const TopkTable& table,
                           const TopkSearch<uint32_t>* bound, const TopkFound<uint32_t>& found);
 
 // select_topk_emit.cu
 template <class K>
 void launch_emit(const TopkLaunch& to, const TopkTable& table, const TopkSearch<K>* bound,
-                 const TopkSearch<K>* threshold, const TopkFound<K>& found, int64_t* indices,
-                 int64_t* counts, TopkReport* report);
+                 const TopkFound<K>& found, int64_t* indices, int64_t* counts, TopkReport* report);
 
 // select_topk_small.cu
 void launch_small(const TopkLaunch& to, const TopkRow* rows, int64_t count, const int64_t* check,

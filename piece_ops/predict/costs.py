@@ -16,8 +16,8 @@ from piece_ops.predict.devices import Device
 # Python and launches: `SparseAdamW` takes 0.5 ms for 254 tensors. It is added on a CPU; a GPU works
 # meanwhile, so there it is a lower bound.
 HOST_SECONDS_A_TENSOR = 2e-6
-# csrc/cuda/select_topk.cu: some 20 launches.
-SELECT_LAUNCHES = 5e-5
+# csrc/cuda/select_topk.cu: the ten small kernels beside the one that reads, predicted.
+SELECT_LAUNCHES = 1.3e-4
 # csrc/cuda/sampled_weight_grad.cu: three launches for as many tokens as the scratch holds.
 SAMPLED_STEP = 7.5e-6
 # backends/triton/accumulate_per_sample_squares.py: the host waits for the look at G and X.

@@ -97,6 +97,7 @@ void run_block(std::mt19937_64& random, size_t shared_bytes) {
   Machine& m = machine;
   std::memset(m.shared, 0xCD, shared_bytes);
   m.done = 0;
+  m.at_ticket = 0;
   m.next_start = 0;
   m.arrived = 0;
   m.sum = 0;
@@ -110,6 +111,8 @@ void run_block(std::mt19937_64& random, size_t shared_bytes) {
     thread.copies.clear();
     thread.arrived = 0;
     thread.groups = 0;
+    thread.fenced = false;
+    thread.owes_fence = false;
     thread.number = i;
     thread.index.x = static_cast<unsigned>(i) % blockDim.x;
     thread.index.y = static_cast<unsigned>(i) / blockDim.x % blockDim.y;
@@ -143,7 +146,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* state
   const int64_t n = int64_t{block.x} * block.y * block.z;
   if (n < 1 || n > int64_t{kMaxThreads}) throw Error("simt: a block must have 1..1024 threads");
   if (shared_bytes > (size_t{227} << 10)) throw Error("simt: more than 227 KiB of shared memory");
-  ++m.launches;
+  count_launch();
   m.body = body;
   m.state = state;
   m.n = static_cast<int>(n);
@@ -212,5 +215,6 @@ void skip_barrier(const char* file_suffix, int line) {
 }
 int64_t skipped_count() { return machine.skipped; }
 int64_t launch_count() { return machine.launches; }
+void count_launch() { ++machine.launches; }
 
 }  // namespace simt

@@ -91,7 +91,10 @@ inline void __pipeline_commit() { simt::commit_copies(); }
 #define __pipeline_wait_prior(prior) \
   ::simt::wait_for_copies(static_cast<size_t>(prior), __FILE__, __LINE__)
 
-inline void __threadfence() { asm volatile("" ::: "memory"); }
+inline void __threadfence() {
+  asm volatile("" ::: "memory");
+  simt::fence();
+}
 inline void __threadfence_block() { asm volatile("" ::: "memory"); }
 
 // Atomics, relaxed as in CUDA; the same overloads, so that what nvcc would refuse is refused here.
@@ -129,6 +132,11 @@ PIECE_OPS_SIMT_INTEGER_ATOMICS(int)
 PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned)
 PIECE_OPS_SIMT_INTEGER_ATOMICS(unsigned long long)
 #undef PIECE_OPS_SIMT_INTEGER_ATOMICS
+// Only tickets are drawn by it.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  simt::check_ticket();
+  return simt::update(p, [last](unsigned old) { return old >= last ? 0 : old + 1; });
+}
 inline float atomicAdd(float* p, float v) {
   return simt::update(p, [v](float old) { return old + v; });
 }

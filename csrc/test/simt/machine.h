@@ -79,8 +79,10 @@ struct Thread {
   int source = 0;
   uint64_t result = 0;
   std::vector<PendingCopy> copies;
-  size_t arrived = 0;  // of these
-  size_t groups = 0;   // committed
+  size_t arrived = 0;       // of these
+  size_t groups = 0;        // committed
+  bool fenced = false;      // since its last barrier
+  bool owes_fence = false;  // it drew a ticket
 };
 
 // Lanes that meet under one mask.
@@ -116,6 +118,7 @@ struct Machine {
   size_t ready_end = 0;
   int next_start = 0;
   int done = 0;
+  int at_ticket = 0;  // threads of the block that came to its ticket
   Thread* current = nullptr;
 
   // The block's barrier.

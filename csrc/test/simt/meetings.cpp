@@ -1,4 +1,4 @@
-// meetings.cpp - where threads meet: the barriers of a block and the operations of a warp.
+// meetings.cpp - where threads meet: the barriers of a block, the operations of a warp, tickets.
 #include <algorithm>
 
 #include "machine.h"
@@ -88,6 +88,8 @@ int sync_threads(Barrier kind, int predicate, const char* file, int line) {
   Machine& m = machine;
   if (kind == Barrier::kPlain && is_skipped(file, line)) return 0;
   const Place site{"__syncthreads", file, line};
+  if (m.current->owes_fence) stop("simt: no fence after a ticket, before " + where(site));
+  m.current->fenced = false;
   const int half = m.barrier_generation & 1;
   if (m.arrived == 0) {
     m.barrier_kind = kind;
@@ -111,6 +113,24 @@ int sync_threads(Barrier kind, int predicate, const char* file, int line) {
   }
   tsan_acquire(&m.barrier_order[half]);
   return m.barrier_result[half];
+}
+
+void come_to_ticket() { ++machine.at_ticket; }
+
+void fence() {
+  machine.current->fenced = true;
+  machine.current->owes_fence = false;
+}
+
+void check_ticket() {
+  Machine& m = machine;
+  if (m.at_ticket != m.n) {
+    stop("simt: a ticket is drawn when " + std::to_string(m.at_ticket) + " of " +
+         std::to_string(m.n) + " threads have come to it");
+  }
+  if (!m.current->fenced) stop("simt: a ticket is drawn without a fence since the last barrier");
+  m.current->owes_fence = true;
+  m.at_ticket = 0;
 }
 
 uint64_t meet_warp(WarpOp op, unsigned mask, uint64_t value, int source, const char* what,

@@ -25,6 +25,28 @@ __global__ void sum_kernel(const int* in, int* out, int missing_barrier) {
   if (!missing_barrier) __syncthreads();  // read before the next block of this SM writes
 }
 
+// The sum of all elements, by the last block; what is_last_block does, with one part left out.
+enum class Ticket { kRight, kNoBarrier, kNoRelease, kNoAcquire };
+__global__ void last_block_kernel(const int* in, int* sums, unsigned* ticket, Ticket how) {
+  __shared__ bool drawn;
+  bool is_last = false;
+  if (threadIdx.x % 32 == 0) atomicAdd(sums + blockIdx.x, in[blockIdx.x * 64 + threadIdx.x]);
+  if (how == Ticket::kRight) {
+    is_last = piece_ops::cuda::is_last_block(ticket);
+  } else {
+    simt::come_to_ticket();
+    if (how != Ticket::kNoBarrier) __syncthreads();
+    if (threadIdx.x == 0) {
+      if (how != Ticket::kNoRelease) __threadfence();
+      drawn = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+      if (how != Ticket::kNoAcquire) __threadfence();
+    }
+    __syncthreads();
+    is_last = drawn;
+  }
+  if (is_last && threadIdx.x == 0) sums[0] += sums[1];
+}
+
 __global__ void divergent_barrier_kernel(int* out) {
   if (threadIdx.x < 32) __syncthreads();
   out[0] = 1;
@@ -184,6 +206,16 @@ int main(int argc, char** argv) {
     if (is("none") || is("race")) {
       launch(sum_kernel, 2, 64, 0, nullptr, in.data(), out.data(), is("race") ? 1 : 0);
       if (out[0] != 63 * 32 || out[1] != 63 * 32 + 64 * 64) return 4;
+    }
+    if (is("none") || is("ticket_barrier") || is("ticket_release") || is("ticket_acquire")) {
+      unsigned ticket = 0;
+      std::vector<int> sums(2, 0);
+      launch(last_block_kernel, 2, 64, 0, nullptr, in.data(), sums.data(), &ticket,
+             is("ticket_barrier")   ? Ticket::kNoBarrier
+             : is("ticket_release") ? Ticket::kNoRelease
+             : is("ticket_acquire") ? Ticket::kNoAcquire
+                                    : Ticket::kRight);
+      if (sums[0] != 0 + 32 + 64 + 96 || ticket != 0) return 4;
     }
     if (is("divergent_barrier")) launch(divergent_barrier_kernel, 1, 64, 0, nullptr, out.data());
     if (is("absent_lane")) launch(absent_lane_kernel, 1, 64, 0, nullptr, out.data());

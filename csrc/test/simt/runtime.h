@@ -72,6 +72,7 @@ cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) {
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  simt::count_launch();
   return bytes ? std::memset(p, value, bytes) : nullptr, cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,

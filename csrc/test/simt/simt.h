@@ -16,6 +16,8 @@
 //                    early, or starting a copy over what is still to be read, gives wrong results
 //   barriers         one of them, or a wait for copies, can be skipped by file and line
 //                    (skip_barrier): mutation tests
+//   tickets          atomicInc, by which is_last_block (gpu.h) finds the last block: that all threads
+//                    came to the barrier before it, and a fence on either side of it
 //
 // Blocks run one after another: what blocks tell each other while they run is not exercised, and a
 // kernel that waits for another block hangs. Memory is sequentially consistent.
@@ -107,7 +109,9 @@ int blocks_per_multiprocessor();
 // line 0: all barriers work. Returns nothing; skipped_count() says how often one was left out.
 void skip_barrier(const char* file_suffix, int line);
 int64_t skipped_count();
+// Kernels launched, and memory set by cudaMemsetAsync.
 int64_t launch_count();
+void count_launch();
 // Counts the pages of this memory that kernels touch, each once a launch; bytes 0: none. The memory
 // must be whole pages of its own. touched_pages() has, since watch(), a number for every launch
 // that touched any.
@@ -129,6 +133,11 @@ bool is_skipped(const char* file, int line);
 
 enum class Barrier { kPlain, kCount, kAnd, kOr };
 int sync_threads(Barrier kind, int predicate, const char* file, int line);
+
+// This thread's work is done, as far as the block's next ticket stands for it.
+void come_to_ticket();
+void check_ticket();  // a ticket is drawn
+void fence();
 
 enum class WarpOp { kSync, kShuffle, kBallot, kAny, kAll, kMatch, kAdd, kMax, kMin, kOr, kAnd };
 // Meets the other lanes of mask. value: what this lane gives; source: the lane kShuffle takes from.
