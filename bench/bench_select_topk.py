@@ -129,7 +129,7 @@ def ours(scores: Any, k: int, algorithm: str = "auto") -> Callable[[], Any]:
     return lambda: piece_ops.select_topk(scores, k, algorithm=algorithm)
 
 
-SECONDS = 1.0  # of the timed calls of one peer
+SECONDS = 0.7  # of the timed calls of one peer
 
 
 class Peers:

@@ -21,7 +21,7 @@
 //            93; the ordinary gradient by oneDNN 970. Of the time 61 % is in tiles, 18 % in adding
 //            blocks to the accumulators, 10 % in packing, 5 % in the look for NaN.
 //            Since then accumulators are asked for while the panel is multiplied that is added to
-//            them: 12 to 18 % less in bfloat16, 7 to 9 % in float32 (60 M accumulators, 512 tokens,
+//            them: 8 to 17 % less in bfloat16, 7 to 9 % in float32 (60 M accumulators, 512 tokens,
 //            two threads). What is written is looked at for an overflow, which is cheaper than to
 //            read it again (3 to 4 % of a pass over a model).
 // Scratch    X packed, at most kScratchWords at a time (else the work is done by column blocks),
