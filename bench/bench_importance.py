@@ -7,8 +7,8 @@ With a memory budget of a tenth of the accumulators, `estimate` (piece-s, 4 rows
 over its batches once for each group of parameters, or once in all if there is but one batch; a pass
 should cost what the one over all parameters costs, and the selection must be the same.
 
-Everybody gets `ROUNDS` timed calls, but for estimates: two, and of many passes, which take longer
-than `SECONDS`, one.
+Everybody gets `ROUNDS` timed calls after a first one, but for estimates of many passes, which take
+longer than `SECONDS` and are called once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from piece_ops.importance.budget import groups_within, needs_of
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
 ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1)
 WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
-SECONDS, ROUNDS = 2.5, 3  # a cold call would be the result
+SECONDS, ROUNDS = 2.5, 2  # with one, the first and cold call would be the result
 
 
 def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
@@ -127,7 +127,7 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
     ]
     targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
     name, n = str(dtype).removeprefix("torch."), total // 8
-    rounds = 2 if passes == 1 else 1  # whole estimates: some 4 s each
+    rounds = ROUNDS if passes == 1 else 1
     return case(name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets, rounds)
 
 

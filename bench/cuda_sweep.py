@@ -6,7 +6,8 @@ tilings     the fastest for samples of many and of few tokens, and where they cr
             `TMA_TILING_HALF` and `FEW_TOKENS` of
             piece_ops/backends/triton/accumulate_per_sample_squares.py.
 
-Answers are checked before they are timed. What is predicted is the dense product. Some 3 minutes.
+Answers are checked before they are timed. What is predicted is the dense product. Not yet run
+on a GPU.
 """
 
 from __future__ import annotations
