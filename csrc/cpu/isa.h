@@ -19,9 +19,6 @@ namespace piece_ops::cpu {
 constexpr int64_t kBlock = 1024;
 
 struct Products;  // products.h
-// A panel holds columns of a matrix as rows of one block of tokens in float32. A row of 17 cache
-// lines, one more than the tokens need: rows of a power of two would fall into few sets of L1.
-constexpr int64_t kPanelStride = kSampledBlock + 16;
 constexpr int64_t kColumnsAtOnce = 128;
 constexpr int64_t kTileRows = 4;
 
@@ -51,18 +48,20 @@ struct Bodies {
   // One AdamW step on n consecutive masters.
   void (*adamw)(float* values, float* exp_avgs, float* exp_avg_sqs, const float* grads, int64_t n,
                 const AdamwFactors& factors);
-  // panel[c * kPanelStride + t] = x[t * row_stride + columns[c]] in float32, for t < tokens, and
-  // zeros up to the next multiple of kSampledLanes. n <= kColumnsAtOnce, tokens <= kSampledBlock;
-  // columns increase and are below width.
+  // A panel holds columns of a matrix as rows of one block of tokens in float32, `stride` apart.
+  // panel[c * stride + t] = x[t * row_stride + columns[c]], for t < tokens, and zeros up to the
+  // next multiple of kSampledLanes. n <= kColumnsAtOnce, tokens <= kSampledBlock; columns increase
+  // and are below width.
   void (*transpose_columns)(DType dtype, const void* x, int64_t row_stride, int64_t width,
-                            int64_t tokens, const int64_t* columns, int64_t n, float* panel);
+                            int64_t tokens, const int64_t* columns, int64_t n, float* panel,
+                            int64_t stride);
   // out[s] += the sum over a block's tokens of first[a[s]] * second[b[s]], rows of two panels.
   void (*sampled_dots)(const float* first, const int32_t* a, const float* second, const int32_t* b,
-                       int64_t tokens, int64_t n, float* out);
+                       int64_t stride, int64_t tokens, int64_t n, float* out);
   // out[r * n + c] = the sum over a block's tokens of row r of first times row c of second, for
   // kTileRows rows and n columns.
-  void (*dense_dots)(const float* first, const float* second, int64_t tokens, int64_t n,
-                     float* out);
+  void (*dense_dots)(const float* first, const float* second, int64_t stride, int64_t tokens,
+                     int64_t n, float* out);
   // Reads n_bytes and returns their xor in 8-byte words: the fastest plain read loop there is,
   // the denominator of the benchmarks.
   uint64_t (*read)(const void* data, int64_t n_bytes);

@@ -4,14 +4,20 @@
 //            order of ops/sampled_weight_grad.h: the bits depend on nothing else.
 // Algorithm  An entry is a dot product over tokens, but tokens lie a row apart. So, for a block of
 //            256 tokens: 1. the columns of input that some index uses are transposed into a panel,
-//            a row of 1 KiB each (float32); 2. threads take pieces of the indices; a run of up to
-//            128 rows of the weight has its columns of grad_output transposed into a panel of the
-//            thread's own, and every index is one dot product of two panel rows: two loads, a
-//            multiplication and an addition for 16 tokens. The block's sum is added to the value,
-//            so nothing is carried from block to block but the values themselves.
-//            Transposing dominates (SmolLM2's 576 x 576, 0.1 %: 258 Ki elements transposed, 170 Ki
-//            products), hence 16 x 16 blocks in registers wherever a quarter of the 16 columns is
-//            used, element by element elsewhere.
+//            a row of 1 KiB each (float32); 2. a run of up to 128 rows of the weight has its
+//            columns of grad_output transposed into a second panel, and every index is one dot
+//            product of two panel rows: two loads, a multiplication and an addition for 16 tokens.
+//            The block's sum is added to the value, so nothing is carried from block to block but
+//            the values.
+// Threads    While there is a block for each of them, each takes one, with panels and sums of its
+//            own, which are then added in order. A panel that two threads had filled lay half in
+//            the other one's cache: 2 threads took 153 us for 1536 x 576 (bfloat16), 1 thread 195,
+//            and with panels of their own 2 take 95. For the other blocks, and where the input
+//            panel passes 2 MiB, they share the input panel and take pieces of the indices.
+// Transpose  It dominates (SmolLM2's 576 x 576, 0.1 %: 258 Ki elements transposed, 170 Ki
+//            products), hence squares of 16 x 16 in registers wherever a quarter of the 16 columns
+//            is used, element by element elsewhere. 0.08 ns an element in cache, and 0.20 where a
+//            panel does not begin with a cache line.
 // Full rows  Four rows of the weight of which 40 % or more are wanted are computed whole, in tiles
 //            of 4 x 4 dot products (a load serves four products) that are then gathered: same
 //            order, same bits. Measured, 1536 x 576, 512 tokens, one Zen 5 core: all entries one by
@@ -22,9 +28,11 @@
 //            transposing while the matrices are in cache, memory for the large ones (a head of
 //            49152 x 576 reads 100 MB of float32 gradients). Predicted for all Linears of SmolLM2,
 //            512 tokens, 0.1 %, two cores: 84 Mi elements at 0.7 cycles, 10 ms, plus 3 to 5 ms of
-//            memory; measured 15.3 ms float32, 12.3 ms bfloat16 (the dense GEMMs: 680 and 165 ms).
-// Scratch    1088 bytes a used column for each block held (one, or as many as fit 1 MiB), 143 KB a
-//            thread, 12 bytes a column of input. Nothing grows with the weight or the tokens.
+//            memory; measured, with each layer's matrices cold, 36 ms float32 and 28 ms bfloat16
+//            (the dense GEMMs: 372 and 98 ms) on an Intel Xeon whose two cores read 29 GB/s.
+// Scratch    4 bytes a used column and a token of a block (16 tokens of padding) for each block
+//            held: one a thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index a thread; 12
+//            bytes a column of input. Nothing grows with the weight or the number of blocks.
 // Limits     columns of one matrix: 2^31.
 #include "piece_ops/ops/sampled_weight_grad.h"
 
@@ -42,6 +50,8 @@ namespace {
 constexpr int64_t kIndicesAtOnce = 1024;
 // Floats of the transposed input, where one block of tokens does not need more: 1 MiB.
 constexpr int64_t kPanelFloats = 1 << 18;
+// Floats of an input panel of a thread's own, at most: 2 MiB, a core's second cache.
+constexpr int64_t kOwnFloats = 1 << 19;
 
 // The row and column of positions that come in increasing order; one division a row.
 class Walk {
@@ -107,16 +117,11 @@ int64_t full_from(int64_t used_columns) {
   return static_cast<int64_t>(kFullShare * static_cast<double>(kTileRows * used_columns));
 }
 
-// Transposes these columns of a block of tokens; returns how many tokens it has.
-int64_t transpose(const Bodies& bodies, const ConstMatrix& matrix, int64_t block,
-                  const int64_t* columns, int64_t n, float* panel) {
-  const int64_t first = block * kSampledBlock;
-  const int64_t tokens = std::min(kSampledBlock, matrix.rows - first);
-  const char* data =
-      static_cast<const char*>(matrix.data) + first * matrix.row_stride * size_of(matrix.dtype);
-  bodies.transpose_columns(matrix.dtype, data, matrix.row_stride, matrix.columns, tokens, columns,
-                           n, panel);
-  return tokens;
+// Of a panel's rows: whole vectors of tokens, and one cache line more, since rows of a power of two
+// would fall into few sets of L1.
+int64_t stride_for(int64_t tokens) {
+  const int64_t vectors = (std::min(tokens, kSampledBlock) + kSampledLanes - 1) / kSampledLanes;
+  return vectors * kSampledLanes + 16;
 }
 
 // What all threads share.
@@ -124,7 +129,22 @@ struct Work {
   const Bodies& bodies;
   const SampledWeightGradArgs& args;
   const UsedColumns& used;
-  int64_t full;  // indices in kTileRows rows from which on all of their entries are computed
+  int64_t full;    // indices in kTileRows rows from which on all of their entries are computed
+  int64_t stride;  // of the panels' rows
+  int64_t input_floats() const { return used.count() * stride; }
+  int64_t grad_floats() const { return kColumnsAtOnce * stride; }  // of a thread's panel
+
+  // Transposes these columns of a block of tokens; returns how many tokens it has.
+  int64_t transpose(const ConstMatrix& matrix, int64_t block, const int64_t* columns, int64_t n,
+                    float* panel) const {
+    const int64_t first = block * kSampledBlock;
+    const int64_t tokens = std::min(kSampledBlock, matrix.rows - first);
+    const char* data =
+        static_cast<const char*>(matrix.data) + first * matrix.row_stride * size_of(matrix.dtype);
+    bodies.transpose_columns(matrix.dtype, data, matrix.row_stride, matrix.columns, tokens, columns,
+                             n, panel, stride);
+    return tokens;
+  }
 
   // Do kTileRows rows from this position on, the first of its row, hold so many?
   bool is_full(int64_t s, int64_t end, int64_t row) const {
@@ -155,11 +175,13 @@ struct SparseRun {
     }
   }
 
-  void add(const Work& work, int64_t block, const float* input_panel, float* panel) const {
-    const int64_t tokens =
-        transpose(work.bodies, work.args.grad_output, block, rows, n_rows, panel);
-    work.bodies.sampled_dots(panel, row_slots, input_panel, column_slots, tokens, n,
-                             work.args.values + begin);
+  int64_t next() const { return begin + n; }
+
+  void add(const Work& work, int64_t block, const float* input_panel, float* panel,
+           float* sums) const {
+    const int64_t tokens = work.transpose(work.args.grad_output, block, rows, n_rows, panel);
+    work.bodies.sampled_dots(panel, row_slots, input_panel, column_slots, work.stride, tokens, n,
+                             sums + begin);
   }
 };
 
@@ -181,12 +203,14 @@ struct FullRun {
     }
   }
 
+  int64_t next() const { return end; }
+
   // A tile of kTileRows rows and so many columns has 4 KiB.
   static constexpr int64_t kTileColumns = 256;
 
-  void add(const Work& work, int64_t block, const float* input_panel, float* panel) const {
-    const int64_t tokens =
-        transpose(work.bodies, work.args.grad_output, block, rows, n_rows, panel);
+  void add(const Work& work, int64_t block, const float* input_panel, float* panel,
+           float* sums) const {
+    const int64_t tokens = work.transpose(work.args.grad_output, block, rows, n_rows, panel);
     const int64_t width = work.args.input.columns;
     float tile[kTileRows * kTileColumns];
     int64_t s = begin;
@@ -198,20 +222,120 @@ struct FullRun {
       }
       for (int64_t c = 0; c < work.used.count(); c += kTileColumns) {
         const int64_t n = std::min(kTileColumns, work.used.count() - c);
-        work.bodies.dense_dots(panel + first_row * kPanelStride, input_panel + c * kPanelStride,
-                               tokens, n, tile);
+        work.bodies.dense_dots(panel + first_row * work.stride, input_panel + c * work.stride,
+                               work.stride, tokens, n, tile);
         for (int64_t r = 0; r < kTileRows; ++r) {
           const int64_t row_begin = rows[first_row + r] * width;
           for (int64_t& i = next[r]; i < end; ++i) {
             const int64_t column = work.args.indices.data[i] - row_begin;
             if (column >= width || work.used.slot[column] >= c + n) break;
-            work.args.values[i] += tile[r * n + work.used.slot[column] - c];
+            sums[i] += tile[r * n + work.used.slot[column] - c];
           }
         }
       }
     }
   }
 };
+
+// add(run) for each run of the indices begin .. end - 1.
+template <class Add>
+void for_each_run(const Work& work, int64_t begin, int64_t end, Add add) {
+  const auto added = [&](const auto& run) {
+    add(run);
+    return run.next();
+  };
+  while (begin < end) {
+    const int64_t row = work.args.indices.data[begin] / work.args.input.columns;
+    begin = work.is_full(begin, end, row) ? added(FullRun(work, begin, end))
+                                          : added(SparseRun(work, begin, end));
+  }
+}
+
+// Panels begin with a cache line: their rows are read and written a line at a time, and lines that
+// straddled two made transposing 2.5 times as slow.
+class Panels {
+ public:
+  explicit Panels(int64_t floats) : memory_(new float[static_cast<size_t>(floats) + kLine]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<float*>((address + kLine * sizeof(float) - 1) /
+                                     (kLine * sizeof(float)) * (kLine * sizeof(float)));
+  }
+  float* data() const { return data_; }
+
+ private:
+  static constexpr size_t kLine = 16;
+  std::unique_ptr<float[]> memory_;
+  float* data_;
+};
+
+// Rounds of a block of tokens a thread, each with an input panel and sums of its own, while there
+// is a block for every thread; returns how many blocks that were.
+int64_t add_own_blocks(const Work& work, int threads, int64_t n_blocks) {
+  const int64_t rounds = n_blocks / threads;
+  const int64_t n = work.args.indices.n;
+  const int64_t input_floats = work.input_floats();
+  if (rounds == 0 || input_floats > kOwnFloats) return 0;
+  const Panels panels(threads * (input_floats + work.grad_floats()));
+  const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(threads * n)]);
+  for (int64_t first = 0; first < rounds * threads; first += threads) {
+    parallel_for(threads, threads, 1, [&](int, int64_t own) {
+      float* const input_panel = panels.data() + own * (input_floats + work.grad_floats());
+      float* const grad_panel = input_panel + input_floats;
+      float* const own_sums = sums.get() + own * n;
+      std::fill(own_sums, own_sums + n, 0.0f);
+      for (int64_t c = 0; c < work.used.count(); c += kColumnsAtOnce) {
+        work.transpose(work.args.input, first + own, work.used.columns.data() + c,
+                       std::min(kColumnsAtOnce, work.used.count() - c),
+                       input_panel + c * work.stride);
+      }
+      for_each_run(work, 0, n, [&](const auto& run) {
+        run.add(work, first + own, input_panel, grad_panel, own_sums);
+      });
+    });
+    const IeeeEnvironment environment;
+    for (int64_t own = 0; own < threads; ++own) {
+      for (int64_t s = 0; s < n; ++s) work.args.values[s] += sums[own * n + s];
+    }
+  }
+  return rounds * threads;
+}
+
+// The blocks from `first` on: all threads transpose the input of some of them, then share the
+// indices.
+void add_shared_blocks(const Work& work, int threads, int64_t first, int64_t n_blocks) {
+  const int64_t n = work.args.indices.n;
+  const int64_t used = work.used.count();
+  const int64_t column_piece = piece_of(used, threads, kColumnsAtOnce);
+  // Full rows should not be cut into pieces: four tiles of them make one.
+  const int64_t index_piece = piece_of(n, threads, std::max(kIndicesAtOnce, 4 * kTileRows * used));
+  const int64_t input_floats = work.input_floats();
+  const int64_t at_once =
+      std::min(n_blocks - first, std::max<int64_t>(1, kPanelFloats / input_floats));
+  const Panels panels(at_once * input_floats + threads * work.grad_floats());
+  float* const grad_panels = panels.data() + at_once * input_floats;
+
+  const int64_t column_pieces = (used + column_piece - 1) / column_piece;
+  const int64_t index_pieces = (n + index_piece - 1) / index_piece;
+  for (; first < n_blocks; first += at_once) {
+    const int64_t blocks = std::min(at_once, n_blocks - first);
+    parallel_for(threads, blocks * column_pieces, 1, [&](int, int64_t piece) {
+      const int64_t block = piece / column_pieces;
+      const int64_t begin = piece % column_pieces * column_piece;
+      work.transpose(work.args.input, first + block, work.used.columns.data() + begin,
+                     std::min(column_piece, used - begin),
+                     panels.data() + block * input_floats + begin * work.stride);
+    });
+    parallel_for(threads, index_pieces, 1, [&](int thread, int64_t piece) {
+      const int64_t begin = piece * index_piece;
+      for_each_run(work, begin, std::min(begin + index_piece, n), [&](const auto& run) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          run.add(work, first + block, panels.data() + block * input_floats,
+                  grad_panels + thread * work.grad_floats(), work.args.values);
+        }
+      });
+    });
+  }
+}
 
 }  // namespace
 
@@ -224,57 +348,14 @@ void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& ar
   if (indices.n == 0 || grads.rows == 0) return;
 
   const UsedColumns used(indices, input.columns);
-  const Work work{*active_isa().bodies, args, used, full_from(used.count())};
+  const Work work{*active_isa().bodies, args, used, full_from(used.count()),
+                  stride_for(grads.rows)};
   const int64_t most_rows = std::min(indices.n, grads.columns);
   const int threads = usable_threads(context.threads, indices.n,
                                      (used.count() + most_rows + indices.n / 8) * grads.rows);
-  const int64_t column_piece = piece_of(used.count(), threads, kColumnsAtOnce);
-  // Full rows should not be cut into pieces: four tiles of them make one.
-  const int64_t index_piece =
-      piece_of(indices.n, threads, std::max(kIndicesAtOnce, 4 * kTileRows * used.count()));
-
-  // Blocks of tokens whose input lies transposed at the same time.
   const int64_t n_blocks = (grads.rows + kSampledBlock - 1) / kSampledBlock;
-  const int64_t block_floats = used.count() * kPanelStride;
-  const int64_t blocks_at_once =
-      std::min(n_blocks, std::max<int64_t>(1, kPanelFloats / block_floats));
-  const int64_t own_floats = kColumnsAtOnce * kPanelStride;
-  const std::unique_ptr<float[]> panels(
-      new float[static_cast<size_t>(blocks_at_once * block_floats + threads * own_floats)]);
-  float* const own_panels = panels.get() + blocks_at_once * block_floats;
-
-  const int64_t column_pieces = (used.count() + column_piece - 1) / column_piece;
-  const int64_t index_pieces = (indices.n + index_piece - 1) / index_piece;
-  for (int64_t first = 0; first < n_blocks; first += blocks_at_once) {
-    const int64_t blocks = std::min(blocks_at_once, n_blocks - first);
-    parallel_for(threads, blocks * column_pieces, 1, [&](int, int64_t piece) {
-      const int64_t block = piece / column_pieces;
-      const int64_t begin = piece % column_pieces * column_piece;
-      transpose(work.bodies, input, first + block, used.columns.data() + begin,
-                std::min(column_piece, used.count() - begin),
-                panels.get() + block * block_floats + begin * kPanelStride);
-    });
-    parallel_for(threads, index_pieces, 1, [&](int thread, int64_t piece) {
-      const int64_t end = std::min((piece + 1) * index_piece, indices.n);
-      const auto add_blocks = [&](const auto& run) {
-        for (int64_t block = 0; block < blocks; ++block) {
-          run.add(work, first + block, panels.get() + block * block_floats,
-                  own_panels + thread * own_floats);
-        }
-      };
-      for (int64_t s = piece * index_piece; s < end;) {
-        if (work.is_full(s, end, indices.data[s] / input.columns)) {
-          const FullRun run(work, s, end);
-          add_blocks(run);
-          s = run.end;
-        } else {
-          const SparseRun run(work, s, end);
-          add_blocks(run);
-          s += run.n;
-        }
-      }
-    });
-  }
+  const int64_t done = threads > 1 ? add_own_blocks(work, threads, n_blocks) : 0;
+  if (done < n_blocks) add_shared_blocks(work, threads, done, n_blocks);
 }
 
 }  // namespace piece_ops::cpu

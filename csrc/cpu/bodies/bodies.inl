@@ -267,7 +267,7 @@ template <class Element>
 inline __attribute__((always_inline)) void transpose_with(const Element* x, int64_t row_stride,
                                                           int64_t width, int64_t tokens,
                                                           const int64_t* columns, int64_t n,
-                                                          float* panel) {
+                                                          float* panel, int64_t stride) {
   float sink[kSampledBlock];  // for columns of a window that nobody wants
   Window windows[kColumnsAtOnce / kBlockColumns];
   int32_t single[kColumnsAtOnce];
@@ -281,7 +281,7 @@ inline __attribute__((always_inline)) void transpose_with(const Element* x, int6
       Window& window = windows[n_windows++];
       window.base = base;
       for (int u = 0; u < kWide; ++u) window.to[u] = sink;
-      for (; c < end; ++c) window.to[columns[c] - base] = panel + c * kPanelStride;
+      for (; c < end; ++c) window.to[columns[c] - base] = panel + c * stride;
     } else {
       for (; c < end; ++c) single[n_single++] = static_cast<int32_t>(c);
     }
@@ -305,7 +305,7 @@ inline __attribute__((always_inline)) void transpose_with(const Element* x, int6
       for (int u = 0; u < kWide; ++u) store_wide(window.to[u] + t, block[u]);
     }
     for (int64_t k = 0; k < n_single; ++k) {
-      float* to = panel + single[k] * kPanelStride + t;
+      float* to = panel + single[k] * stride + t;
       const Element* column = from + columns[single[k]];
       for (int u = 0; u < kWide; ++u) to[u] = widen(column[u * row_stride]);
     }
@@ -313,24 +313,25 @@ inline __attribute__((always_inline)) void transpose_with(const Element* x, int6
   const int64_t padded = (tokens + kSampledLanes - 1) / kSampledLanes * kSampledLanes;
   if (t == padded) return;
   for (int64_t c = 0; c < n; ++c) {
-    float* to = panel + c * kPanelStride;
+    float* to = panel + c * stride;
     for (int64_t r = t; r < tokens; ++r) to[r] = widen(x[r * row_stride + columns[c]]);
     for (int64_t r = tokens; r < padded; ++r) to[r] = 0.0f;
   }
 }
 
 void transpose_columns(DType dtype, const void* x, int64_t row_stride, int64_t width,
-                       int64_t tokens, const int64_t* columns, int64_t n, float* panel) {
+                       int64_t tokens, const int64_t* columns, int64_t n, float* panel,
+                       int64_t stride) {
   switch (dtype) {
     case DType::kFloat32:
       return transpose_with(static_cast<const float*>(x), row_stride, width, tokens, columns, n,
-                            panel);
+                            panel, stride);
     case DType::kBFloat16:
       return transpose_with(static_cast<const Bf16*>(x), row_stride, width, tokens, columns, n,
-                            panel);
+                            panel, stride);
     default:
       return transpose_with(static_cast<const Fp16*>(x), row_stride, width, tokens, columns, n,
-                            panel);
+                            panel, stride);
   }
 }
 
@@ -353,13 +354,13 @@ inline __attribute__((always_inline)) Wide add_lanes(Wide (*lanes)[kWide]) {
 }
 
 void sampled_dots(const float* first, const int32_t* a, const float* second, const int32_t* b,
-                  int64_t tokens, int64_t n, float* out) {
+                  int64_t stride, int64_t tokens, int64_t n, float* out) {
   for (int64_t begin = 0; begin < n; begin += kWide) {
     Wide lanes[kParts][kWide];
     for (int u = 0; u < kWide; ++u) {
       const int64_t s = begin + u < n ? begin + u : n - 1;
-      const float* x = first + a[s] * kPanelStride;
-      const float* y = second + b[s] * kPanelStride;
+      const float* x = first + a[s] * stride;
+      const float* y = second + b[s] * stride;
       Wide own[kParts] = {};
       for (int64_t t = 0; t < tokens; t += kSampledLanes) {
         for (int p = 0; p < kParts; ++p) {
@@ -381,22 +382,23 @@ void sampled_dots(const float* first, const int32_t* a, const float* second, con
 
 // Tiles of kWide sums, as square as they can be: what one row brings serves several columns, and
 // the accumulators fit the registers.
-void dense_dots(const float* first, const float* second, int64_t tokens, int64_t n, float* out) {
+void dense_dots(const float* first, const float* second, int64_t stride, int64_t tokens, int64_t n,
+                float* out) {
   constexpr int kRows = kWide == 16 ? 4 : 2;
   constexpr int kColumns = kWide / kRows;
   for (int64_t column = 0; column < n; column += kColumns) {
     const float* y[kColumns];
     for (int c = 0; c < kColumns; ++c) {
-      y[c] = second + (column + c < n ? column + c : n - 1) * kPanelStride;
+      y[c] = second + (column + c < n ? column + c : n - 1) * stride;
     }
     for (int64_t row = 0; row < kTileRows; row += kRows) {
-      const float* x = first + row * kPanelStride;
+      const float* x = first + row * stride;
       Wide lanes[kParts][kWide];
       for (int p = 0; p < kParts; ++p) {
         Wide own[kRows][kColumns] = {};
         for (int64_t t = p * kWide; t < tokens; t += kSampledLanes) {
           for (int r = 0; r < kRows; ++r) {
-            const Wide xs = load_wide(x + r * kPanelStride + t);
+            const Wide xs = load_wide(x + r * stride + t);
             for (int c = 0; c < kColumns; ++c) {
               own[r][c] = own[r][c] + xs * load_wide(y[c] + t);
             }
