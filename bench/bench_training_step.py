@@ -41,6 +41,7 @@ PARTLY = "the same, unselected tensors frozen"
 FROZEN = "forward, gradients of inputs only"
 RATES = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 SECONDS = 3.0  # of the timed calls of one peer
+COLD = 10.0  # of a first step, which may take three times as long as the others
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -145,7 +146,7 @@ def unmatched_peak(plain: Allocations, phase: Callable[[], None], model: nn.Modu
     expected = Counter((operation, n_bytes) for operation, _, n_bytes in plain.made)
 
     def counts(operation: str, size: int) -> bool:
-        if operation.startswith("aten.index_select"):  # columns of an input, kept for backward
+        if operation.startswith("aten.gather"):  # columns of an input, kept for backward
             return False
         expected[operation, size] -= 1
         return expected[operation, size] < 0
@@ -218,7 +219,7 @@ def step_case(
         Target("memory beyond weights and activations", share, 2, at_most=True, unit="%"),
     ]
     name = str(dtype).removeprefix("torch.")
-    limits = {"peer_seconds": SECONDS, "least_rounds": 2}  # a cold step takes twice as long
+    limits = {"peer_seconds": SECONDS, "least_rounds": 2, "long": COLD}
     return Case("training_step", name, total, 2 * total, peers, targets, **limits)
 
 
