@@ -7,8 +7,8 @@ With a memory budget of a tenth of the accumulators, `estimate` (piece-s, 4 rows
 over its batches once for each group of parameters, or once in all if there is but one batch; a pass
 should cost what the one over all parameters costs, and the selection must be the same.
 
-Everybody gets `ROUNDS` timed calls after a first one, but for estimates of many passes, which take
-longer than `SECONDS` and are called once.
+Everybody gets `ROUNDS` timed calls after a first one (batches one more to warm up), but for
+estimates of many passes, which take longer than `SECONDS` and are called once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from piece_ops.importance import Importance
 from piece_ops.importance.budget import groups_within, needs_of
 
 OURS, LOOP, PLAIN = "piece_ops, one batched pass", "loop over rows, hooks", "forward + backward"
-ROUNDED, SEEDS = "selection by bfloat16 accumulators", (0, 1)
+ROUNDED = "selection by bfloat16 accumulators"
 WHOLE, BOUNDED = "estimate, all accumulators", "estimate, a tenth of them"
 SECONDS, ROUNDS = 2.5, 2  # with one, the first and cold call would be the result
+COLD = 10.0  # of a batch's first call, which may take twice as long as the others
 
 
 def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
@@ -78,14 +79,8 @@ def importance(quick: bool, dtype: torch.dtype, size: tuple[int, int]) -> Case:
         Target("faster than the loop", time_ratio(LOOP, OURS), 1.5, at_most=False),
     ]
     name = str(dtype).removeprefix("torch.")
-    return case(name, ids.numel(), (2 * width + 8) * n, peers, targets)
-
-
-def case(
-    name: str, n: int, n_bytes: int, peers: list[Peer], targets: list[Target], rounds: int = ROUNDS
-) -> Case:
-    limits = {"peer_seconds": SECONDS, "least_rounds": rounds}
-    return Case("importance", name, n, n_bytes, peers, targets, **limits)
+    limits = {"peer_seconds": SECONDS, "least_rounds": ROUNDS, "long": COLD}
+    return Case("importance", name, ids.numel(), (2 * width + 8) * n, peers, targets, **limits)
 
 
 def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batches: int) -> Case:
@@ -127,12 +122,13 @@ def within_budget(quick: bool, dtype: torch.dtype, size: tuple[int, int], n_batc
     ]
     targets = [Target(f"time / {passes} x that with all accumulators", a_pass, 1.2, at_most=True)]
     name, n = str(dtype).removeprefix("torch."), total // 8
-    rounds = ROUNDS if passes == 1 else 1
-    return case(name, ids.numel(), passes * 2 * n * dtype.itemsize, peers, targets, rounds)
+    n_bytes = passes * 2 * n * dtype.itemsize
+    limits = {"peer_seconds": SECONDS, "least_rounds": ROUNDS if passes == 1 else 1}
+    return Case("importance", name, ids.numel(), n_bytes, peers, targets, **limits)
 
 
 def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
-    """How much of a selection bfloat16 accumulators keep, by the seed of their rounding."""
+    """How much of a selection bfloat16 accumulators keep."""
     try:
         model = load(quick, torch.float32).eval()
     except Absent as error:
@@ -149,18 +145,16 @@ def rounded(quick: bool, size: tuple[int, int], n_batches: int) -> Case:
         by_squares = piece_ops.select_topk(held._square_sums, selection.k)
         return {"piece-f": by_squares.indices, "piece-s": dict(selection.indices)}
 
+    want, got = chosen(), chosen(accumulators="bfloat16", seed=0)
     figures = {}
-    want = chosen()
-    for seed in SEEDS:
-        got = chosen(accumulators="bfloat16", seed=seed)
-        for method, positions in want.items():
-            common = sum(
-                int(torch.isin(got[method][name], places).sum())
-                for name, places in positions.items()
-                if name in got[method]
-            )
-            k = sum(places.numel() for places in positions.values())
-            figures[f"{method}_seed_{seed}_percent"] = 100 * common / k
+    for method, positions in want.items():
+        common = sum(
+            int(torch.isin(got[method][name], places).sum())
+            for name, places in positions.items()
+            if name in got[method]
+        )
+        k = sum(places.numel() for places in positions.values())
+        figures[f"{method}_percent"] = 100 * common / k
     row = Row(ROUNDED, "ours", "ok", 0, figures=figures, note="same coordinates as float32's")
     return Case("importance", "bfloat16", ids.numel(), 0, [], measured=[row])
 

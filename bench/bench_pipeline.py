@@ -3,7 +3,7 @@
 Steps of 4 x 128 tokens in float32 (PIECE as released: bfloat16), the 16 samples over and over,
 beside pure-PyTorch masking in three forms, PIECE as released, FISH-mask's procedure, PEFT's SHiRA
 and LoRA, and full fine-tuning. All ways stay in memory and step in turns, so a slow phase of the
-machine hits all alike; all take the same number of steps: 8, and up to 20 of what fits into
+machine hits all alike; all take the same number of steps: 6, and up to 20 of what fits into
 `SECONDS`. Times of a row are those of its steps but for the first two. Importance, set-up and
 checkpoint are timed once, a selection three times (where it takes a second once, after a first
 call; PIECE as released once). Importance and
@@ -48,8 +48,8 @@ from bench.pipeline_way import DENSITY, WARM_UP, Batch, Measured, Positions, Way
 from bench.smollm2 import FOLDER, ROOT, load
 
 OURS = "piece_ops"
-STEPS, FEWEST = 20, 8
-SECONDS = 60.0  # of all steps of all ways; the fewest rounds, 6 of 16 s, pass it
+STEPS, FEWEST = 20, 6
+SECONDS = 60.0  # of all steps of all ways; the fewest rounds, 4 of 15 s, reach it
 MEMORY = 14e9  # of all ways at once
 # Gradients are float32 sums in another order. Where one is hardly more than its rounding, AdamW's
 # first steps, which normalise it, may turn round: a few of the k move by lr the other way.

@@ -35,7 +35,7 @@ from piece_ops import _native
 
 OURS, COMPACT, READ, COPY = "piece_ops", "piece_ops, compact gradients", "one read", "one copy"
 TOKENS, SAMPLES = 64, 8
-SECONDS = 0.5  # of the timed calls of one row
+SECONDS = 0.3  # of the timed calls of one row
 BUDGET = 150.0  # seconds from the first sweep on; later only what has 1e8 elements or less
 DRAWN = 10**8
 BESIDE = 1e-3  # density, where it does not vary

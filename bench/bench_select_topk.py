@@ -211,9 +211,7 @@ def case(n: int, k: int, peers: list[Peer], targets: list[Target]) -> Case:
 def main_row(make: Callable[[int], Tensor], n: int) -> Case:
     """One float32 array, k = 0.1 %, all peers that end in a few seconds."""
     x, k = make(n), n // 1000
-    more = [Peers.kthvalue] if n < 2e8 else []  # 10 s at 5e8
-    if n != LARGE:
-        more.append(Peers.nth_element)
+    more = [Peers.kthvalue, Peers.nth_element] if n < 2e8 else []  # each 10 s and more at 1e9
     peers = all_ways(x, k, *more)
     targets = [Target("extra memory / scores", extra_share(OURS, x.nbytes), 5.0, True, unit="%")]
     if n >= 1e8:  # below, the scores stay in the cache

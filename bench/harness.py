@@ -9,7 +9,8 @@ What is measured, and how:
   heap pages are handed back, the high-water mark of the resident set is reset, and what the mark
   rises above the resident set is the peer's scratch and result. A wrong peer is reported and not
   timed; a peer that cannot run is a row that says why.
-- Then one more call to warm up (not where the first took a second), and timed rounds: every round
+- Then a round to warm up, since the first calls each began with the heap's pages handed back (not
+  those whose first call took a second, or what else the case says), and timed rounds: every round
   calls every peer once, so that a slow phase of the machine hits all alike. Median, 20th and 80th
   percentile. A peer gets as many rounds as fit into a few seconds; one whose first call took longer
   than these is not called again: that call is its time. Each row has its count.
@@ -30,7 +31,7 @@ from typing import Any, Literal, TypeVar
 
 Role = Literal["ours", "peer", "floor", "bound"]
 MOST_ROUNDS = 11
-LONG = 1.0  # seconds of a call after which another one only to warm up is too dear
+LONG = 1.0  # seconds of a first call after which another one only to warm up is too dear
 # Of the machine's memory, by one run. A machine without swap ends the process that asks for the
 # last of it, and with that a run of minutes.
 MOST_MEMORY = 0.7
@@ -81,6 +82,7 @@ class Case:
     ``measured``: rows of a case whose peers cannot be in memory together, made with it.
     ``peer_seconds``: what the timed calls of one peer may take together; ``least_rounds``: how many
     it gets all the same. With 1 a first call that takes longer is the result, cold as it is.
+    ``long``: see `LONG`; more where calls of seconds need their gigabytes of heap warm, too.
 
     The module of an op has ``cases(quick)``: names, each with a function that builds the case, so
     that one case's inputs are gone before the next one's are made.
@@ -95,6 +97,7 @@ class Case:
     measured: list[Row] = field(default_factory=list)
     peer_seconds: float = 4.0
     least_rounds: int = 1
+    long: float = LONG
     k: int = 0
     tensors: int = 1
 
@@ -231,18 +234,21 @@ def _rounds(seconds: float, case: Case, quick: bool) -> int:
 def run_case(case: Case, quick: bool, say: Callable[[str], None] = lambda text: None) -> list[Row]:
     """Check, warm up and time all peers of a case; the rows, in the order of the peers."""
     rows: list[Row] = []
-    counts: list[int] = []
+    firsts: list[float] = []
     for peer in case.peers:
         row, seconds = _first_call(peer, case)
         say(f"{peer.name}: {row.status}, first call {seconds:.3f} s")
         rows.append(row)
+        firsts.append(seconds)
+    counts: list[int] = []
+    for peer, row, seconds in zip(case.peers, rows, firsts, strict=True):
         if row.status != "ok":
             counts.append(0)
         elif seconds >= case.peer_seconds and case.least_rounds == 1:
             row.times_ms.append(seconds * 1e3)
             counts.append(0)
         else:  # the first call also paid for page faults and state
-            if seconds < LONG:
+            if seconds < case.long:
                 seconds = min(seconds, _timed_call(peer))
             counts.append(_rounds(seconds, case, quick))
     gc.collect()

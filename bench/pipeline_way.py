@@ -109,7 +109,7 @@ def wrong_moves(way: Way, base: nn.Module, chosen: Positions | None) -> str | No
 
 
 def wrong_losses(losses: list[float], first: float, epoch: int, same: float = 1e-3) -> str | None:
-    """Each epoch sees the same batches: the last one's losses must be below the first one's."""
+    """Any `epoch` steps in turn see the same batches: the last ones' losses must be below."""
     if not all(math.isfinite(loss) for loss in losses):
         return "a loss is not finite"
     if abs(losses[0] - first) > same * first:

@@ -11,11 +11,19 @@ from torch import nn
 
 from bench import __main__ as bench
 from bench import report
-from bench.bench_pipeline import OURS
+from bench.bench_pipeline import FEWEST, OURS
 from bench.pipeline_official import OFFICIAL
 from bench.pipeline_peft import LORA, SHIRA
 from bench.pipeline_torch import FISH, FULL, MASKINGS, split_positions
-from bench.pipeline_way import Measured, Positions, Way, agreement, wrong_losses, wrong_moves
+from bench.pipeline_way import (
+    WARM_UP,
+    Measured,
+    Positions,
+    Way,
+    agreement,
+    wrong_losses,
+    wrong_moves,
+)
 
 TRAINED = [OURS, *MASKINGS, FISH, SHIRA, LORA, FULL]
 
@@ -38,7 +46,7 @@ def test_every_way_is_right(out: Path) -> None:
     for name in (*TRAINED, OFFICIAL):
         row, figures = rows[name], rows[name]["figures"]
         assert row["status"] == "ok", row
-        assert row["repeats"] == figures["steps"] - 2 == 6  # all ways alike
+        assert row["repeats"] == figures["steps"] - WARM_UP == FEWEST - WARM_UP  # all alike
         assert min(figures[k] for k in ("state_bytes", "file_bytes", "ddp_bytes")) > 0
         assert figures["last_epoch_loss"] < figures["first_epoch_loss"]
         phases = [key for key in figures if key.endswith("_extra_bytes")]
