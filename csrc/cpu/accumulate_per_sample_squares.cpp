@@ -33,12 +33,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <vector>
 
 #include "isa.h"
 #include "parallel.h"
 #include "products.h"
+#include "scratch.h"
 
 namespace piece_ops::cpu {
 
@@ -50,19 +50,6 @@ constexpr int64_t kScratchWords = int64_t{1} << 24;  // 64 MiB of packed X
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
-
-// Uninitialised words on a cache line's boundary.
-class Words {
- public:
-  explicit Words(int64_t n) : store_(new uint32_t[static_cast<size_t>(n) + 16]) {}
-  uint32_t* data() const {
-    return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~63ull);
-  }
-  float* floats() const { return reinterpret_cast<float*>(data()); }
-
- private:
-  std::unique_ptr<uint32_t[]> store_;
-};
 
 // Consecutive tokens of one sample, and where their words lie in every packed panel.
 struct Segment {
@@ -202,7 +189,7 @@ class ColumnBlock {
     // some at a time, while the panel is multiplied that will be added there.
     const int64_t rows_a_tile = ceil_div(2 * rows, tiles * static_cast<int64_t>(segments_.size()));
     // A segment's words of all tiles lie together: they are read in one go, from L3 when T is long.
-    const Words packed(steps_ * block_rows);
+    const Scratch<uint32_t> packed(steps_ * block_rows);
     for (const Segment& segment : segments_) {
       products_.pack_rows(args_.grad_output.dtype, element(args_.grad_output, segment.token, first),
                           args_.grad_output.stride, segment.tokens, rows,
@@ -210,8 +197,8 @@ class ColumnBlock {
                           segment.steps * products_.rows);
     }
     // One more, by turns for all tiles of a sample that is not cut: less to keep in L1.
-    const Words blocks((3 * tiles + 1) * size);
-    float* const partial = blocks.floats();
+    const Scratch<float> blocks((3 * tiles + 1) * size);
+    float* const partial = blocks.data();
     float* const whole = partial + tiles * size;
     float* const square_sums = args_.square_sums ? whole + size : nullptr;
     float* const sums = args_.sums ? whole + (1 + tiles) * size : nullptr;
@@ -262,7 +249,7 @@ class ColumnBlock {
   const Products& products_;
   const std::vector<Segment>& segments_;
   int64_t begin_, end_, steps_, panels_;
-  Words packed_;
+  Scratch<uint32_t> packed_;
   std::atomic<bool> overflowed_{false};
 };
 

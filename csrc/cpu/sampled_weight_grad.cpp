@@ -37,10 +37,10 @@
 #include "piece_ops/ops/sampled_weight_grad.h"
 
 #include <limits>
-#include <memory>
 
 #include "indices.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace piece_ops::cpu {
 
@@ -251,23 +251,6 @@ void for_each_run(const Work& work, int64_t begin, int64_t end, Add add) {
   }
 }
 
-// Panels begin with a cache line: their rows are read and written a line at a time, and lines that
-// straddled two made transposing 2.5 times as slow.
-class Panels {
- public:
-  explicit Panels(int64_t floats) : memory_(new float[static_cast<size_t>(floats) + kLine]) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<float*>((address + kLine * sizeof(float) - 1) /
-                                     (kLine * sizeof(float)) * (kLine * sizeof(float)));
-  }
-  float* data() const { return data_; }
-
- private:
-  static constexpr size_t kLine = 16;
-  std::unique_ptr<float[]> memory_;
-  float* data_;
-};
-
 // Rounds of a block of tokens a thread, each with an input panel and sums of its own, while there
 // is a block for every thread; returns how many blocks that were.
 int64_t add_own_blocks(const Work& work, int threads, int64_t n_blocks) {
@@ -275,13 +258,13 @@ int64_t add_own_blocks(const Work& work, int threads, int64_t n_blocks) {
   const int64_t n = work.args.indices.n;
   const int64_t input_floats = work.input_floats();
   if (rounds == 0 || input_floats > kOwnFloats) return 0;
-  const Panels panels(threads * (input_floats + work.grad_floats()));
-  const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(threads * n)]);
+  const Scratch<float> panels(threads * (input_floats + work.grad_floats()));
+  const Scratch<float> sums(threads * n);
   for (int64_t first = 0; first < rounds * threads; first += threads) {
     parallel_for(threads, threads, 1, [&](int, int64_t own) {
       float* const input_panel = panels.data() + own * (input_floats + work.grad_floats());
       float* const grad_panel = input_panel + input_floats;
-      float* const own_sums = sums.get() + own * n;
+      float* const own_sums = sums.data() + own * n;
       std::fill(own_sums, own_sums + n, 0.0f);
       for (int64_t c = 0; c < work.used.count(); c += kColumnsAtOnce) {
         work.transpose(work.args.input, first + own, work.used.columns.data() + c,
@@ -294,7 +277,7 @@ int64_t add_own_blocks(const Work& work, int threads, int64_t n_blocks) {
     });
     const IeeeEnvironment environment;
     for (int64_t own = 0; own < threads; ++own) {
-      for (int64_t s = 0; s < n; ++s) work.args.values[s] += sums[own * n + s];
+      for (int64_t s = 0; s < n; ++s) work.args.values[s] += sums.data()[own * n + s];
     }
   }
   return rounds * threads;
@@ -311,7 +294,7 @@ void add_shared_blocks(const Work& work, int threads, int64_t first, int64_t n_b
   const int64_t input_floats = work.input_floats();
   const int64_t at_once =
       std::min(n_blocks - first, std::max<int64_t>(1, kPanelFloats / input_floats));
-  const Panels panels(at_once * input_floats + threads * work.grad_floats());
+  const Scratch<float> panels(at_once * input_floats + threads * work.grad_floats());
   float* const grad_panels = panels.data() + at_once * input_floats;
 
   const int64_t column_pieces = (used + column_piece - 1) / column_piece;
