@@ -292,6 +292,8 @@ def test_what_a_module_saved_goes_as_soon_as_it_is_used(monkeypatch: pytest.Monk
     real = rules.cpu.add_per_sample_squares
 
     def watched(squares: Any, grad: Tensor, inputs: Tensor, *rest: Any) -> bool:
+        if grad.shape[1] == 1:  # a bias, made of sums that are its own
+            return real(squares, grad, inputs, *rest)
         assert all(old() is None for old in alive)
         overflowed = real(squares, grad, inputs, *rest)
         alive.extend([weakref.ref(grad), weakref.ref(inputs)])

@@ -237,7 +237,7 @@ class BatchedPass:
         bounds, tokens = offsets(grad.shape, grid), grad.reshape(-1, grad.shape[-1])
         found: dict[str, Use] = {}
         if "bias" in own:
-            found[own["bias"]] = Each(sum_rows(tokens, bounds))
+            found[own["bias"]] = sum_rows(tokens, bounds)
         if "weight" not in own:
             return found
         (argument,) = given
@@ -263,8 +263,8 @@ class BatchedPass:
         parameters = {name: self._candidates[name] for name in own.values()}
         again = Rerun(call.module, parameters, arguments, grads, call.layout, grid, call.context)
         alone = {name: lambda n, name=name: again.gradient(name, n) for name in parameters}
-        each = self._each_at_once(call, leaves, grads, alone)
-        return {name: Each(gradient) for name, gradient in (each or alone).items()}
+        at_once = self._each_at_once(call, leaves, grads, alone)
+        return dict(at_once or {name: Each(gradient) for name, gradient in alone.items()})
 
     def _each_at_once(
         self,
@@ -272,7 +272,7 @@ class BatchedPass:
         leaves: list[Any],
         grads: list[Tensor | None],
         alone: Mapping[str, Callable[[int], Tensor | None]],
-    ) -> dict[str, Callable[[int], Tensor]] | None:
+    ) -> dict[str, Each] | None:
         """Of a module whose parameters are elementwise; None: they are not."""
         known = self._plan.elementwise
         if not known.get(call.module, True):
@@ -286,7 +286,7 @@ class BatchedPass:
             }
             if call.module not in known:
                 known[call.module] = rows is not None and all(
-                    agree(each[name], alone[name], grid.count) for name in each
+                    agree(each[name].gradient, alone[name], grid.count) for name in each
                 )
         return each if known[call.module] and each else None
 

@@ -57,11 +57,13 @@ def rows_of_tokens(
     return dict(zip(copies, found, strict=True))
 
 
-def agree(rows: Callable[[int], Tensor], alone: Callable[[int], Tensor | None], count: int) -> bool:
+def agree(
+    summed: Callable[[int], Tensor | None], alone: Callable[[int], Tensor | None], count: int
+) -> bool:
     """Whether every sample's rows add up to what its own run gives."""
     for n in range(count):
-        own, got = alone(n), rows(n)
-        if own is None or own.shape != got.shape:
+        own, got = alone(n), summed(n)
+        if own is None or got is None or own.shape != got.shape:
             return False
         size = float(own.double().norm())
         if not float((got.double() - own.double()).norm()) <= TOLERANCE[own.dtype] * size:

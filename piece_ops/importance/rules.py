@@ -5,9 +5,9 @@ over all uses of the parameter (tied weights, a module called several times) bef
 
 - `Product`, the weight of a linear layer: G_n^T X_n, by `accumulate_per_sample_squares_`;
 - `Rows`, the weight of an embedding: rows of G, added up by token;
-- `Each`, anything else, one sample after another: a bias sums rows of G, and so does what enters
-  element by element (see `elementwise`); other parameters get their gradient from their own module,
-  run again on the sample's part alone (`Rerun`).
+- `Each`, anything else, one sample's after another's: a bias sums rows of G, and so does what
+  enters element by element (see `elementwise`), all samples at once; other parameters get their
+  gradient from their own module, run again on the sample's part alone (`Rerun`).
 
 With H_n from products and E_n from rows, (H_n + E_n)^2 = H_n^2 + 2 H_n E_n + E_n^2, where E_n is
 zero but for the rows of the sample's own tokens.
@@ -73,9 +73,10 @@ class Rows:
 
 @dataclass
 class Each:
-    """Sample n's gradient is `gradient(n)`; None: zero."""
+    """Sample n's gradient is `gradient(n)`; None: zero. `rows`: all of them, if they are there."""
 
     gradient: Callable[[int], Tensor | None]
+    rows: Tensor | None = None
 
 
 Use = Product | Rows | Each
@@ -148,15 +149,16 @@ def _requiring_grad(parameters: Any) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def sum_rows(grad: Tensor, bounds: Tensor) -> Callable[[int], Tensor]:
+def sum_rows(grad: Tensor, bounds: Tensor) -> Each:
     """The gradient of a bias: the sum over a sample's tokens, in float32."""
-    places = bounds.tolist()
-    lengths = {end - begin for begin, end in itertools.pairwise(places)}
+    places = list(itertools.pairwise(bounds.tolist()))
+    lengths = {end - begin for begin, end in places}
     if len(lengths) == 1:  # all at once
-        by_sample = grad.reshape(len(places) - 1, lengths.pop(), grad.shape[-1])
-        sums = by_sample.sum(1, dtype=torch.float32)
-        return lambda n: sums[n]
-    return lambda n: grad[places[n] : places[n + 1]].sum(0, dtype=torch.float32)
+        by_sample = grad.reshape(len(places), lengths.pop(), grad.shape[-1])
+        rows = by_sample.sum(1, dtype=torch.float32)
+    else:
+        rows = torch.stack([grad[i:j].sum(0, dtype=torch.float32) for i, j in places])
+    return Each(rows.__getitem__, rows)
 
 
 # --------------------------------------------------------------------------------------- adding up
@@ -245,6 +247,10 @@ class Sums:
     to: Target
     scales: list[float]
 
+    @property
+    def _is_plain(self) -> bool:
+        return all(scale == 1.0 for scale in self.scales)
+
     def add(self, name: str, uses: Sequence[Use]) -> None:
         """Add one parameter's gradients, complete."""
         each = [use for use in uses if isinstance(use, Each)]
@@ -264,7 +270,6 @@ class Sums:
 
     def add_product(self, name: str, use: Product) -> None:
         """Products alone; `add_rows` adds what they and rows have together."""
-        plain = all(scale == 1.0 for scale in self.scales)
         squares, sums = self.to.open(name)
         arguments = (
             squares,
@@ -272,7 +277,7 @@ class Sums:
             _dense_features(use.right),
             use.offsets,
             sums,
-            None if plain else torch.tensor(self.scales),
+            None if self._is_plain else torch.tensor(self.scales),
         )
         overflowed = None
         if self.to.on_device is None or not self.to.on_device.add_product(name, *arguments):
@@ -310,8 +315,9 @@ class Sums:
 
     def add_each(self, uses: Mapping[str, Sequence[Each]]) -> None:
         """One sample after another; the parameters of one module together."""
+        alone = {name: parts for name, parts in uses.items() if not self._add_rows_of(name, parts)}
         for n, scale in enumerate(self.scales):
-            for name, parts in uses.items():
+            for name, parts in alone.items():
                 found = [grad for use in parts if (grad := use.gradient(n)) is not None]
                 if not found:
                     continue
@@ -322,6 +328,28 @@ class Sums:
                     self.to.add(name, grad.contiguous(), n)
                 except ValueError as error:
                     raise NotFinite(name, n) from error
+
+    def _add_rows_of(self, name: str, parts: Sequence[Each]) -> bool:
+        """All samples in one call, as products of ones and their gradients; False: cannot be.
+
+        One by one, 8 samples of SmolLM2's 61 norms took 488 calls and 4 % of a pass. On a GPU they
+        do: there the product is made for matrices.
+        """
+        rows = [use.rows for use in parts if use.rows is not None and not use.rows.is_cuda]
+        if len(rows) < len(parts):
+            return False
+        grads = sum(rows[1:], start=rows[0])
+        count, width = grads.shape
+        one, each = grads.new_ones((count, 1)), torch.arange(count + 1)
+        squares, sums = (t if t is None else t.view(1, width) for t in self.to.open(name))
+        scales = None if self._is_plain else torch.tensor(self.scales)
+        try:
+            overflowed = cpu.add_per_sample_squares(squares, one, grads, each, sums, scales)
+        except ValueError:  # nothing was added
+            self._check(name, grads, each)
+            raise
+        self.to.note(name, overflowed)
+        return True
 
     def _check(self, name: str, tensor: Tensor, bounds: Tensor) -> None:
         """Raise for the first sample with a NaN or an infinity."""
