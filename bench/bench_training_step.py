@@ -219,7 +219,7 @@ def step_case(
         Target("memory beyond weights and activations", share, 2, at_most=True, unit="%"),
     ]
     name = str(dtype).removeprefix("torch.")
-    limits = {"peer_seconds": SECONDS, "least_rounds": 2, "long": COLD}
+    limits = {"peer_seconds": SECONDS, "least_rounds": 3, "long": COLD}
     return Case("training_step", name, total, 2 * total, peers, targets, **limits)
 
 

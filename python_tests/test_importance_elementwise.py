@@ -165,3 +165,42 @@ def test_the_parameter_comes_back(runs: list[int]) -> None:
         assert net.module.weight is weight
         assert (rows is None) == (make is ALONE["a product"])
         assert weight.grad is None
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (3, 5, 4, 5)])
+def test_all_samples_are_added_in_one_call(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm's scale and shift, and a linear layer's bias; none of them by a call a sample."""
+    model = llama().to(torch.float32)
+    model.model.norm = nn.LayerNorm(model.config.hidden_size)
+    importance = Importance(model, "piece-s", include=["model.norm.*", "*.input_layernorm.*"])
+    given = packed([batch(1, length, seed=n) for n, length in enumerate(lengths)])
+    importance.update(given)
+    added: list[int] = []
+    real = rules.cpu.add_per_sample_squares
+
+    def counted(squares: Any, ones: Tensor, rows: Tensor, *rest: Any) -> bool:
+        added.append(len(rows))
+        return real(squares, ones, rows, *rest)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("one sample alone")
+
+    monkeypatch.setattr(rules.cpu, "add_per_sample_squares", counted)
+    monkeypatch.setattr(rules.Target, "add", refuse)
+    importance.update(given)
+    assert added == [len(lengths)] * importance.parameter_count
+
+
+def test_a_gradient_that_is_not_finite_names_its_sample() -> None:
+    net = Net(Scale(lambda x, w: w * x))
+    importance = Importance(net, "piece-f", loss_fn=distance, include="module.*")
+    importance.update(data(1))
+
+    def spoil(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.register_hook(lambda grad: grad.index_fill(0, torch.tensor([2]), float("inf")))
+
+    net.module.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"gradient of sample 6 \(row 2 .*'module\.weight'"):
+        importance.update(data(2))
