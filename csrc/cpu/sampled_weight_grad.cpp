@@ -12,8 +12,8 @@
 // Threads    While there is a block for each of them, each takes one, with panels and sums of its
 //            own, which are then added in order. A panel that two threads had filled lay half in
 //            the other one's cache: 2 threads took 153 us for 1536 x 576 (bfloat16), 1 thread 195,
-//            and with panels of their own 2 take 95. For the other blocks, and where the input
-//            panel passes 2 MiB, they share the input panel and take pieces of the indices.
+//            and with panels of their own 2 take 95. For the other blocks, and where input panel or
+//            sums pass 2 MiB, they share the input panel and take pieces of the indices.
 // Transpose  It dominates (SmolLM2's 576 x 576, 0.1 %: 258 Ki elements transposed, 170 Ki
 //            products), hence squares of 16 x 16 in registers wherever a quarter of the 16 columns
 //            is used, element by element elsewhere. 0.08 ns an element in cache, and 0.20 where a
@@ -31,8 +31,9 @@
 //            memory; measured, with each layer's matrices cold, 36 ms float32 and 28 ms bfloat16
 //            (the dense GEMMs: 372 and 98 ms) on an Intel Xeon whose two cores read 29 GB/s.
 // Scratch    4 bytes a used column and a token of a block (16 tokens of padding) for each block
-//            held: one a thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index a thread; 12
-//            bytes a column of input. Nothing grows with the weight or the number of blocks.
+//            held: one a thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index (at most 2
+//            MiB) a thread; 12 bytes a column of input. Nothing grows with the weight or the number
+//            of blocks.
 // Limits     columns of one matrix: 2^31.
 #include "piece_ops/ops/sampled_weight_grad.h"
 
@@ -50,7 +51,7 @@ namespace {
 constexpr int64_t kIndicesAtOnce = 1024;
 // Floats of the transposed input, where one block of tokens does not need more: 1 MiB.
 constexpr int64_t kPanelFloats = 1 << 18;
-// Floats of an input panel of a thread's own, at most: 2 MiB, a core's second cache.
+// Floats of an input panel of a thread's own, and of its sums, at most: 2 MiB, as a core's L2.
 constexpr int64_t kOwnFloats = 1 << 19;
 
 // The row and column of positions that come in increasing order; one division a row.
@@ -257,7 +258,7 @@ int64_t add_own_blocks(const Work& work, int threads, int64_t n_blocks) {
   const int64_t rounds = n_blocks / threads;
   const int64_t n = work.args.indices.n;
   const int64_t input_floats = work.input_floats();
-  if (rounds == 0 || input_floats > kOwnFloats) return 0;
+  if (rounds == 0 || input_floats > kOwnFloats || n > kOwnFloats) return 0;
   const Scratch<float> panels(threads * (input_floats + work.grad_floats()));
   const Scratch<float> sums(threads * n);
   for (int64_t first = 0; first < rounds * threads; first += threads) {
