@@ -41,6 +41,11 @@ class OnDevice:
         self._maxima, self._weight_of = maxima, weight_of
         self._reports = Reports()
 
+    @staticmethod
+    def takes(tensor: Tensor) -> bool:
+        """Whether a gradient is on its device."""
+        return cuda_maxima.takes([tensor])
+
     def add(
         self,
         label: tuple[str, int | None],
@@ -49,7 +54,7 @@ class OnDevice:
         sums: Tensor | None,
     ) -> bool:
         """Add one gradient, its report left for `first_bad`; False where this is not its device."""
-        if not cuda_maxima.takes([grad]):
+        if not self.takes(grad):
             return False
         lists = ([] if squares is None else [squares], [grad], [] if sums is None else [sums])
         if self._maxima is None:
@@ -90,7 +95,7 @@ class OnDevice:
 
     def check(self, name: str, tensor: Tensor, bounds: Tensor) -> bool:
         """Note whether a matrix of tokens is finite; False where this is not its device."""
-        if not cuda_maxima.takes([tensor]):
+        if not self.takes(tensor):
             return False
         self._reports.add_factor((name, None), tensor, bounds.tolist())
         return True

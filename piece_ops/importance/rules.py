@@ -338,6 +338,8 @@ class Sums:
         rows = [use.rows for use in parts if use.rows is not None]
         if len(rows) < len(parts) or rows[0].device.type != "cpu":
             return False
+        if self.to.on_device is not None and self.to.on_device.takes(rows[0]):  # an emulated one
+            return False
         grads = sum(rows[1:], start=rows[0])
         count, width = grads.shape
         one, each = grads.new_ones((count, 1)), torch.arange(count + 1)
