@@ -212,7 +212,7 @@ def main_row(make: Callable[[int], Tensor], n: int) -> Case:
     """One float32 array, k = 0.1 %, all peers that end in a few seconds."""
     x, k = make(n), n // 1000
     more = [Peers.argpartition] if n < HUGE else []  # 20 s there
-    more += [Peers.kthvalue, Peers.nth_element] if n < LARGE else []  # 10 s each
+    more += [Peers.kthvalue, Peers.nth_element] if n < LARGE else []  # up to 10 s there
     peers = all_ways(x, k, *more)
     targets = [Target("extra memory / scores", extra_share(OURS, x.nbytes), 5.0, True, unit="%")]
     if SMALL <= n < HUGE:

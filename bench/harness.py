@@ -10,7 +10,7 @@ What is measured, and how:
   rises above the resident set is the peer's scratch and result. A wrong peer is reported and not
   timed; a peer that cannot run is a row that says why.
 - Then a round to warm up, since the first calls each began with the heap's pages handed back (not
-  those whose first call took a second, or what else the case says), and timed rounds: every round
+  of peers whose first call took a second, or as long as the case says), and timed rounds: each
   calls every peer once, so that a slow phase of the machine hits all alike. Median, 20th and 80th
   percentile. A peer gets as many rounds as fit into a few seconds; one whose first call took longer
   than these is not called again: that call is its time. Each row has its count.

@@ -248,8 +248,10 @@ class Sums:
     scales: list[float]
 
     @property
-    def _is_plain(self) -> bool:
-        return all(scale == 1.0 for scale in self.scales)
+    def _factors(self) -> Tensor | None:
+        """The scales, as the op takes them."""
+        plain = all(scale == 1.0 for scale in self.scales)
+        return None if plain else torch.tensor(self.scales)
 
     def add(self, name: str, uses: Sequence[Use]) -> None:
         """Add one parameter's gradients, complete."""
@@ -277,7 +279,7 @@ class Sums:
             _dense_features(use.right),
             use.offsets,
             sums,
-            None if self._is_plain else torch.tensor(self.scales),
+            self._factors,
         )
         overflowed = None
         if self.to.on_device is None or not self.to.on_device.add_product(name, *arguments):
@@ -344,9 +346,8 @@ class Sums:
         count, width = grads.shape
         one, each = grads.new_ones((count, 1)), torch.arange(count + 1)
         squares, sums = (t if t is None else t.view(1, width) for t in self.to.open(name))
-        scales = None if self._is_plain else torch.tensor(self.scales)
         try:
-            overflowed = cpu.add_per_sample_squares(squares, one, grads, each, sums, scales)
+            overflowed = cpu.add_per_sample_squares(squares, one, grads, each, sums, self._factors)
         except ValueError:  # nothing was added
             self._check(name, grads, each)
             raise
