@@ -132,12 +132,12 @@ def read_tensors(
     version: int,
     where: str,
     older: Sequence[int] = (),
-) -> tuple[dict[str, Any], list[str], Callable[[str], torch.Tensor], int]:
+) -> tuple[dict[str, Any], list[str], Callable[..., torch.Tensor], int]:
     """Open a file of `write_tensors`: info, names, a reader for one tensor, and the version.
 
-    Tensors are read one by one (each a copy of its own), so a large file never has to be held
-    twice. Files of the `older` versions are opened, too. Raises FileNotFoundError, or ValueError
-    when the file is not what it should be.
+    Tensors are read one by one (each a copy of its own), or some rows of one, so a large file never
+    has to be held twice. Files of the `older` versions are opened, too. Raises FileNotFoundError,
+    or ValueError when the file is not what it should be.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: wanted a file, got {str(path)!r}, which is not one")
@@ -166,8 +166,10 @@ def read_tensors(
     if not isinstance(info, dict):
         raise ValueError(f"{where}: the header of {str(path)!r} must be a JSON object")
 
-    def read(name: str) -> torch.Tensor:
-        tensor: torch.Tensor = handle.get_tensor(name)
+    def read(name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        tensor: torch.Tensor = (
+            handle.get_tensor(name) if rows is None else handle.get_slice(name)[slice(*rows)]
+        )
         return tensor.clone()
 
     return info, list(handle.keys()), read, int(header["version"])

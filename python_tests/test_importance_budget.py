@@ -11,8 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from piece_ops.importance import Importance, estimate, rounding
-from piece_ops.importance.budget import RunningTop, bytes_of, groups_within, needs_of, peak_of
+from piece_ops.importance import Importance, candidates, estimate, rounding
+from piece_ops.importance.budget import (
+    Group,
+    Need,
+    RunningTop,
+    bytes_of,
+    groups_within,
+    needs_of,
+    peak_of,
+)
 from piece_ops.importance.statistics import Statistics
 from piece_ops.selection import Selection
 
@@ -40,7 +48,11 @@ def needs(model: Any, method: str, **settings: Any) -> dict[str, int]:
     return bytes_of(Importance(model, method, **settings))
 
 
-def groups(model: Any, budget: int, method: str, **settings: Any) -> list[list[str]]:
+def all_needs(model: Any, method: str, **settings: Any) -> list[Need]:
+    return list(needs_of(Importance(model, method, **settings)).values())
+
+
+def groups(model: Any, budget: int, method: str, **settings: Any) -> list[Group]:
     return groups_within(needs_of(Importance(model, method, **settings)), budget)
 
 
@@ -171,6 +183,96 @@ def test_a_budget_that_holds_everything_changes_nothing() -> None:
     )
 
 
+# ------------------------------------------------------------------------------------- some rows
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a matrix are treated apart where they have as few as 100 elements."""
+    monkeypatch.setattr(candidates, "_TOGETHER", 100)
+
+
+def in_rows(model: Any, method: str, share: float, **settings: Any) -> int:
+    """A budget of a share of the largest candidate, so that its rows come in several groups."""
+    budget = int(share * max(need.sums for need in all_needs(model, method, **settings)))
+    parts = [rows for group in groups(model, budget, method, **settings) for rows in group.values()]
+    assert sum(rows is not None for rows in parts) > 1
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "accumulators"), [(True, "float32"), ("loop", "float32"), (True, "bfloat16")]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_some_rows_at_a_time(
+    method: str, per_sample: Any, accumulators: str, small_pieces: None
+) -> None:
+    """Of the tied embedding, whose sums are of products, of rows, and of both."""
+    model = llama(tied=True)
+    settings: dict[str, Any] = {
+        "embeddings": True,
+        "per_sample": per_sample,
+        "accumulators": accumulators,
+    }
+    if method == "piece-g":
+        settings["reference"] = [words(seed=5), words(seed=6)]
+    wanted = estimate(model, BATCHES, method, density=0.02, **settings)
+    for share in (0.7, 0.35):
+        budget = in_rows(model, method, share, **settings)
+        got = estimate(model, BATCHES, method, density=0.02, memory_budget=budget, **settings)
+        assert_identical(got, wanted)
+
+
+@pytest.mark.parametrize("one_batch", [False, True])
+@pytest.mark.parametrize("name", ZOO)
+def test_some_rows_of_every_model_family(name: str, one_batch: bool, small_pieces: None) -> None:
+    make, data = ZOO[name]
+    model, batches = make(), [data(seed=1)] if one_batch else [data(seed=1), data(seed=2)]
+    wanted = estimate(model, batches, density=0.01, embeddings=True)
+    budget = in_rows(model, "piece-s", 0.6, embeddings=True)
+    got = estimate(model, batches, density=0.01, embeddings=True, memory_budget=budget)
+    assert_identical(got, wanted)
+
+
+def test_some_rows_of_references_and_of_what_is_excluded(
+    tmp_path: Path, small_pieces: None
+) -> None:
+    model, path = llama(tied=True), tmp_path / "earlier.safetensors"
+    stored = Importance(model, "piece-f", embeddings=True)
+    stored.update(words(seed=7))
+    stored.save(path)
+    settings: dict[str, Any] = {"embeddings": True, "reference": ["self", path, stored]}
+    settings |= {"reference_samples": 3, "reference_tokens": 5}
+    budget = in_rows(model, "piece-g", 0.5, **settings)
+    first = estimate(model, BATCHES, "piece-f", k=200, embeddings=True)
+    assert len(first.indices["model.embed_tokens.weight"]) > 20
+    for excluded in (None, first):
+        settings["exclude_positions"] = excluded
+        wanted = estimate(model, BATCHES, "piece-g", density=0.02, **settings)
+        got = estimate(model, BATCHES, "piece-g", density=0.02, memory_budget=budget, **settings)
+        assert_identical(got, wanted)
+
+
+def test_rows_are_ranked_by_position_in_the_model(small_pieces: None) -> None:
+    """Rows of words that do not occur score zero."""
+    model = llama()
+    settings: dict[str, Any] = {"embeddings": True, "include": "model.embed_tokens.weight"}
+    budget = in_rows(model, "piece-f", 0.3, **settings)
+    count = model.model.embed_tokens.weight.numel()
+    few = [batch(1, 6, seed=3), batch(1, 6, seed=4)]
+    for k in (count // 2, count):
+        wanted = estimate(model, few, "piece-f", k=k, **settings)
+        assert wanted.threshold == 0.0
+        got = estimate(model, few, "piece-f", k=k, memory_budget=budget, **settings)
+        assert_identical(got, wanted)
+
+
+def test_rows_that_belong_together_are_aligned() -> None:
+    assert candidates.rows_together(torch.empty(49152, 576, device="meta")) == 7232
+    assert candidates.rows_together(torch.empty(9, 2**20, 3, device="meta")) == 1
+    assert candidates.rows_together(torch.empty(100, 2**17, device="meta")) == 32
+
+
 # ------------------------------------------------------------------------------------- memory
 
 
@@ -218,7 +320,8 @@ def test_accumulators_stay_within_the_budget(
     needs = needs_of(Importance(model, "piece-s", **settings)).values()
     assert any(need.passing for need in needs) == (accumulators == "bfloat16")
     least = max(peak_of([need]) for need in needs)
-    for budget in (least, (peak_of(needs) + least) // 2):
+    monkeypatch.setattr(candidates, "_TOGETHER", 100)
+    for budget in (least // 2, least, (peak_of(needs) + least) // 2):
         estimate(model, batches, density=0.02, memory_budget=budget, **settings)
         assert 0 < alive["most"] <= budget and alive["now"] == 0
         alive["most"] = 0
@@ -236,6 +339,12 @@ class Changing:
     def __iter__(self) -> Iterator[Any]:
         self.rows -= 1
         return iter([batch(self.rows, 6), batch(1, 6)])
+
+
+def test_a_budget_below_the_fewest_rows_is_refused(small_pieces: None) -> None:
+    least = r"at least 768 bytes \(the accumulators of 4 rows of 'model\.embed_tokens\.weight'"
+    with pytest.raises(ValueError, match=least + ".*got 767"):
+        estimate(llama(), BATCHES, embeddings=True, memory_budget=767)
 
 
 def test_bad_budgets_and_batches_are_refused() -> None:

@@ -1,7 +1,8 @@
 """Selection with fewer bytes of accumulators than all candidates need: groups, and a running top-k.
 
 Parameters are treated in groups, in the model's order, each as large as the budget allows and each
-with a pass of its own over all batches; a group's best meet the best of the groups before it. If
+with a pass of its own over all batches; a group's best meet the best of the groups before it. A
+matrix that does not fit by itself is treated some rows at a time, in groups after one another. If
 all samples lie in one batch, one pass does: a parameter's sums are complete, and leave again, as
 soon as backward has passed it. Either way the selection is that of unlimited memory: the sums of a
 parameter do not depend on which other parameters are added up beside it, the running best keep
@@ -15,7 +16,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from piece_ops.functional import gather, select_topk
 from piece_ops.importance.batched import BatchedGradients
-from piece_ops.importance.candidates import Candidates
+from piece_ops.importance.candidates import Candidates, Rows, rows_together
 from piece_ops.importance.rules import Target
 from piece_ops.importance.scores import NEEDS, RANKED_BY, Numbers, totals_of
 from piece_ops.importance.sources import show_progress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from piece_ops.importance.estimator import Importance
 
 _WHERE = "piece_ops.estimate"
+Group = dict[str, Rows | None]  # parameters, and which of their rows; None: all
 
 
 class RunningTop:
@@ -54,20 +56,29 @@ class RunningTop:
         self._indices: dict[str, Tensor] = {}
         self._numbers: Numbers = {}
 
-    def merge(self, given: Numbers) -> None:
-        """Take the best of some more parameters, given whole, in any order."""
+    def merge(self, given: Numbers, begins: Mapping[str, int] | None = None) -> None:
+        """Take the best of some more parameters, in any order.
+
+        `begins`: the position of the first number, of those given in parts, one after the other.
+        """
+        begins = begins or {}
         given = {
             kind: {name: tensors[name] for name in self._order if name in tensors}
             for kind, tensors in given.items()
         }
         sizes = {name: tensor.numel() for name, tensor in next(iter(given.values())).items()}
-        excluded = {name: self._excluded[name] for name in sizes if name in self._excluded}
+        excluded = {
+            name: _within(self._excluded[name], begins.get(name, 0), size)
+            for name, size in sizes.items()
+            if name in self._excluded
+        }
         room = sum(sizes.values()) - sum(tensor.numel() for tensor in excluded.values())
         scores, _ = self._score(given)
         top = select_topk(scores, min(self._k, room), exclude=excluded or None)
-        indices = self._indices | {n: i for n, i in top.indices.items() if i.numel()}
+        found = {n: i + begins.get(n, 0) for n, i in top.indices.items() if i.numel()}
+        indices = _behind(self._indices, found)
         numbers = {
-            kind: self._numbers.get(kind, {}) | gather(dict(tensors), dict(top.indices))
+            kind: _behind(self._numbers.get(kind, {}), gather(dict(tensors), dict(top.indices)))
             for kind, tensors in given.items()
         }
         # In the model's order: positions then rank equal scores as in one selection over all.
@@ -87,6 +98,17 @@ class RunningTop:
         """Indices by parameter, in the model's order, and the threshold."""
         scores, scale = self._score(self._numbers)
         return self._indices, float(select_topk(scores, self._k).threshold) * scale
+
+
+def _within(positions: Tensor, begin: int, size: int) -> Tensor:
+    """Those of the positions from `begin` on, counted from there."""
+    return positions[(positions >= begin) & (positions < begin + size)] - begin
+
+
+def _behind(held: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of both; of one parameter, the second behind the first."""
+    joined = {name: torch.cat([held[name], more[name]]) for name in held.keys() & more.keys()}
+    return {**held, **more, **joined}
 
 
 class _Passing(Target):
@@ -159,6 +181,13 @@ class Need:
     passing: int  # with bfloat16 ones: the float32 sums in which a batch of it comes together
     module: int | None  # whose parameters come together at one time; None: several modules', so all
     # the while from the first of them to the end of the pass
+    rows: int  # 1 if it is no matrix
+    unit: int  # the fewest of its rows that are treated together
+
+    def of(self, rows: int) -> Need:
+        """What some of its rows take."""
+        sums, passing = (size // self.rows * rows for size in (self.sums, self.passing))
+        return replace(self, sums=sums, passing=passing, rows=rows)
 
 
 def needs_of(importance: Importance) -> dict[str, Need]:
@@ -178,7 +207,9 @@ def needs_of(importance: Importance) -> dict[str, Need]:
         parameter = parameters[name]
         homes = owners[id(parameter)]
         home = homes[0] if len(homes) == 1 else None
-        found[name] = Need(size, 4 * count * parameter.numel(), home)
+        rows = parameter.shape[0] if parameter.dim() > 1 else 1
+        unit = min(rows, rows_together(parameter))
+        found[name] = Need(size, 4 * count * parameter.numel(), home, rows, unit)
     return found
 
 
@@ -198,28 +229,40 @@ def peak_of(needs: Iterable[Need], *, one_pass: bool = False) -> int:
     return lasting + max(by_module.values(), default=0)
 
 
-def groups_within(needs: Mapping[str, Need], budget: int) -> list[list[str]]:
-    """Consecutive parameters that fit into the budget together.
+def groups_within(needs: Mapping[str, Need], budget: int) -> list[Group]:
+    """Consecutive parameters, or rows of one, that fit into the budget together.
 
     Raises
     ------
     ValueError
-        One parameter alone needs more.
+        One parameter alone needs more, even the fewest of its rows.
     """
-    largest = max(needs, key=lambda name: peak_of([needs[name]]))
-    least = peak_of([needs[largest]])
-    if least > budget:
-        raise ValueError(
-            f"{_WHERE}: memory_budget must be at least {least} bytes (the accumulators of "
-            f"{largest!r}, the largest candidate: no parameter is split), got {budget}; "
-            "exclude= leaves a parameter out"
-        )
-    groups: list[list[str]] = [[]]
-    for name in needs:
-        if peak_of([needs[other] for other in [*groups[-1], name]]) > budget:
-            groups.append([])
-        groups[-1].append(name)
+    groups: list[Group] = [{}]
+    held: list[Need] = []
+    for name, need in needs.items():
+        for rows in _pieces(name, need, budget):
+            piece = need if rows is None else need.of(rows[1] - rows[0])
+            if name in groups[-1] or peak_of([*held, piece]) > budget:
+                groups.append({})
+                held.clear()
+            groups[-1][name] = rows
+            held.append(piece)
     return groups
+
+
+def _pieces(name: str, need: Need, budget: int) -> list[Rows | None]:
+    """The parameter, or as many of its rows at a time as fit."""
+    if peak_of([need]) <= budget:
+        return [None]
+    least = peak_of([need.of(need.unit)])
+    if least > budget:
+        what = repr(name) if need.unit == need.rows else f"{need.unit} rows of {name!r}"
+        raise ValueError(
+            f"{_WHERE}: memory_budget must be at least {least} bytes (the accumulators of {what}, "
+            f"which are treated together), got {budget}; exclude= leaves a parameter out"
+        )
+    rows = budget // least * need.unit
+    return [(first, min(first + rows, need.rows)) for first in range(0, need.rows, rows)]
 
 
 def within_one_pass(needs: Mapping[str, Need], budget: int) -> list[str]:
@@ -269,7 +312,7 @@ def select_within(
     left = set(importance.names)
     is_one = isinstance(repeatable, list) and len(repeatable) == 1
     if is_one and not NEEDS[importance.method].reference:
-        part = _part(importance, plans, within_one_pass(needs, budget))
+        part = _part(importance, plans, dict.fromkeys(within_one_pass(needs, budget)))
         counts = (part._samples_in(repeatable[0], _WHERE), 1)
         seen.add(counts[0])
         peak = peak_of([needs[name] for name in part.names], one_pass=True)
@@ -282,7 +325,8 @@ def select_within(
         passing.flush()
         left -= set(part.names) - missed
         reached = part._reached
-    groups = [kept for group in groups if (kept := [name for name in group if name in left])]
+    groups = [{name: rows for name, rows in group.items() if name in left} for group in groups]
+    groups = [group for group in groups if group]
     for number, group in enumerate(groups):
         title = f"importance, part {number + 1} of {len(groups)}"
         part = _part(importance, plans, group)
@@ -297,26 +341,31 @@ def select_within(
             )
         reached |= part._reached
         counts = (part.sample_count, part._numbers(_WHERE)[1])
-        top.merge(part._numbers(_WHERE)[0])
+        begins = {name: part._candidates.begin(name) for name in group}
+        top.merge(part._numbers(_WHERE)[0], begins)
         part.reset()  # before the next one's accumulators come
     if not reached:
         raise ValueError(f"{_WHERE}: the loss must depend on the candidate parameters")
     return importance._selection(*top.result())
 
 
-def _part(importance: Importance, plans: BatchedGradients, names: Iterable[str]) -> Importance:
+def _part(importance: Importance, plans: BatchedGradients, group: Group) -> Importance:
     """The same settings for some of the candidates, without statistics."""
     part = copy.copy(importance)
     parameters = importance._candidates.parameters
-    part._candidates = Candidates({name: parameters[name] for name in names}, importance.total)
+    part._candidates = Candidates(
+        {name: parameters[name] for name in group},
+        importance.total,
+        {name: rows for name, rows in group.items() if rows is not None},
+    )
     part.reset()
     part._batched = plans
-    part._must_reach = len(part.names) == len(parameters)
+    part._must_reach = part._candidates.count == importance.candidate_count
     return part
 
 
 def _reference_mean(
-    importance: Importance, plans: BatchedGradients, groups: list[list[str]], progress: bool
+    importance: Importance, plans: BatchedGradients, groups: list[Group], progress: bool
 ) -> float:
     """piece-g's constant, the mean of the reference over all candidates: a sweep of its own."""
     if not NEEDS[importance.method].reference:

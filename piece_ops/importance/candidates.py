@@ -14,17 +14,23 @@ name does not contain "embed", and N counts the trainable parameters only.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+Rows = tuple[int, int]  # first, and the one after the last
 Pattern = str | re.Pattern[str]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Rows of a matrix that are never treated apart have about so many elements: 16 MiB in float32.
+_TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,38 @@ class Candidates:
 
     parameters: dict[str, nn.Parameter]
     total: int  # N, of which the density is a share
+    rows: Mapping[str, Rows] = field(default_factory=dict)  # of these parameters, only such rows
 
     @property
     def count(self) -> int:
         """Elements of all candidates together."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(math.prod(self.shape(name)) for name in self.parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one candidate, of its rows if they are not all."""
+        shape = tuple(self.parameters[name].shape)
+        if name in self.rows:
+            first, end = self.rows[name]
+            return end - first, *shape[1:]
+        return shape
+
+    def begin(self, name: str) -> int:
+        """The position of a candidate's first element in its parameter."""
+        first, _ = self.rows.get(name, (0, 0))
+        return first * math.prod(self.parameters[name].shape[1:])
+
+    def own_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows that are candidates, of a tensor as large as the parameter."""
+        return tensor[slice(*self.rows[name])] if name in self.rows else tensor
+
+
+def rows_together(tensor: Tensor) -> int:
+    """How many rows of a tensor, or of some of its rows, are treated together at least.
+
+    In multiples of 64, so that the columns of a gradient's factor that belong to them are aligned.
+    """
+    rows = max(1, _TOGETHER // max(1, math.prod(tensor.shape[1:])))
+    return rows // 64 * 64 or rows
 
 
 def _patterns(given: Pattern | Iterable[Pattern] | None, what: str, where: str) -> list[Pattern]:

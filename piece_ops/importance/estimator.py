@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from piece_ops.functional import Score, select_topk
-from piece_ops.importance.candidates import find_candidates
+from piece_ops.importance.candidates import Candidates, find_candidates
 from piece_ops.importance.passes import LossFunction
 from piece_ops.importance.scores import NEEDS, RANKED_BY, Numbers, scores_of, totals_of
 from piece_ops.importance.self_texts import ROWS_OF_A_BATCH, self_texts
@@ -182,8 +182,7 @@ class Importance(Statistics):
                 texts = show_progress(self._self_texts(), "self texts", progress, batches)
                 self._run_source(texts, None)
             elif isinstance(source, (str, os.PathLike)):
-                names = set(self.names)
-                self.add_reference(Importance._load(source, self.model, names=names))
+                self.add_reference(Importance._load(source, self.model, only=self._candidates))
             else:
                 self._run_source(show_progress(source, "reference", progress), self._loss_fn)
             self._sources_run += 1
@@ -277,7 +276,7 @@ class Importance(Statistics):
             self.run_reference()
             reference, reference_samples = self._reference_statistics(where)
         held = {
-            "weights": {name: p.detach() for name, p in self._candidates.parameters.items()},
+            "weights": {name: self._weight(name) for name in self.names},
             "sums": self._sums,
             "square_sums": self._square_sums,
             "reference": reference,
@@ -359,10 +358,10 @@ class Importance(Statistics):
         model: nn.Module,
         *,
         loss_fn: LossFunction | None = None,
-        names: Collection[str] | None = None,
+        only: Candidates | None = None,
     ) -> Importance:
-        """`load`, of some of the parameters only."""
-        file = StatisticsFile(path, model, f"{WHERE}.load", names)
+        """`load`, of some of the parameters only, or of some of their rows."""
+        file = StatisticsFile(path, model, f"{WHERE}.load", only)
         settings = file.settings
         self = cls.__new__(cls)
         self._texts, self._sources, self._written = (32, 64), [], None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from piece_ops.importance.candidates import Rows
 from piece_ops.importance.on_device import OnDevice
 from piece_ops.importance.rules import Target
 
@@ -31,10 +32,11 @@ class RoundedTarget(Target):
         first: int,
         is_reference: bool = False,
         on_device: OnDevice | None = None,
+        rows: Mapping[str, Rows] | None = None,
         *,
         seed: int,
     ) -> None:
-        super().__init__(square_sums, sums, first, is_reference, on_device)
+        super().__init__(square_sums, sums, first, is_reference, on_device, rows)
         self._seed = seed
         self._open: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
@@ -53,7 +55,8 @@ class RoundedTarget(Target):
         ):
             if stored is not None and value is not None:
                 key = _mix_number(self._seed ^ zlib.crc32(f"{kind}/{name}".encode()))
-                add_rounded_(stored, value, key=_mix_number(key ^ self.sample))
+                begin = self.rows[name][0] * stored[0].numel() if name in self.rows else 0
+                add_rounded_(stored, value, key=_mix_number(key ^ self.sample), begin=begin)
                 self.note(name, None)
 
 
@@ -61,17 +64,23 @@ def _zeros_for(stored: Tensor | None) -> Tensor | None:
     return None if stored is None else torch.zeros_like(stored, dtype=torch.float32)
 
 
-def add_rounded_(target: Tensor, value: Tensor, *, key: int) -> None:
-    """``target += value`` in float32, rounded to bfloat16 at random; both contiguous."""
+def add_rounded_(target: Tensor, value: Tensor, *, key: int, begin: int = 0) -> None:
+    """``target += value`` in float32, rounded to bfloat16 at random; both contiguous.
+
+    `begin`: the position of the first of them in the accumulator, if they are only a part of it.
+    """
     stored, added = target.view(-1), value.view(-1)
-    for first in range(0, stored.numel(), _PART):
-        part = stored[first : first + _PART]
-        exact = part.float().add_(added[first : first + _PART])
-        places = torch.arange(first, first + part.numel(), device=part.device)
+    first, end = begin, begin + stored.numel()
+    while first < end:
+        after = min(end, (first // _PART + 1) * _PART)
+        part = stored[first - begin : after - begin]
+        exact = part.float().add_(added[first - begin : after - begin])
+        places = torch.arange(first, after, device=part.device)
         random = _mix(places ^ key ^ _mix_number(first >> 32)) & 0xFFFF
         # Of a negative number the bits grow with its size: this rounds both signs alike.
         bits = exact.view(torch.int32).add_(random.int()).bitwise_and_(-65536)
         part.copy_(bits.view(torch.float32))
+        first = after
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from piece_ops._taps import kind_of as kind_of_class
 from piece_ops.backends import cpu
 from piece_ops.functional import accumulate_per_sample_squares_, accumulate_squares_, total
 from piece_ops.importance.batches import Grid
+from piece_ops.importance.candidates import Rows as RowRange
 from piece_ops.importance.layouts import ModuleLayout, cut
 from piece_ops.importance.on_device import OnDevice
 
@@ -180,9 +181,11 @@ class Target:
         first: int,
         is_reference: bool = False,
         on_device: OnDevice | None = None,
+        rows: Mapping[str, RowRange] | None = None,
     ) -> None:
         self._square_sums, self._sums = square_sums, sums
         self.on_device = on_device
+        self.rows = rows or {}  # of these parameters, only such rows are wanted
         # `first` is the number of the next batch's first sample; `sample` that under way.
         self.first, self.sample, self.is_reference = first, first, is_reference
         self._overflowed: set[str] = set()
@@ -220,6 +223,8 @@ class Target:
         """Add one gradient and its square; ValueError, here or in `finish`, if not finite."""
         squares, sums = self.open(name)
         self.note(name, None)
+        if name in self.rows:
+            grad = grad[slice(*self.rows[name])]
         if self.on_device is not None and self.on_device.add((name, sample), squares, grad, sums):
             return
         accumulate_squares_(
@@ -273,9 +278,12 @@ class Sums:
     def add_product(self, name: str, use: Product) -> None:
         """Products alone; `add_rows` adds what they and rows have together."""
         squares, sums = self.to.open(name)
+        left = use.left
+        if name in self.to.rows:
+            left = left[:, slice(*self.to.rows[name])]
         arguments = (
             squares,
-            _dense_features(use.left),
+            _dense_features(left),
             _dense_features(use.right),
             use.offsets,
             sums,
@@ -299,18 +307,25 @@ class Sums:
         if self.to.on_device is None or not self.to.on_device.check(name, use.grad, use.offsets):
             self._check(name, use.grad, use.offsets)
         square_sums, sums = self.to.open(name)
+        rows = self.to.rows.get(name)
         self.to.note(name, None)
         for n, (first, end) in enumerate(itertools.pairwise(use.offsets.tolist())):
             ids, places = torch.unique(use.ids[first:end], return_inverse=True)
             part = use.grad.new_zeros((ids.numel(), use.grad.shape[1]), dtype=torch.float32)
             part.index_add_(0, places, use.grad[first:end].float()).mul_(self.scales[n])
+            other = None
+            if product is not None and square_sums is not None:
+                other = _product_rows(product, n, ids).mul_(self.scales[n])
+            if rows is not None:  # of all of them, as ever: a product's bits depend on its shape
+                own = (ids >= rows[0]) & (ids < rows[1])
+                ids, part = ids[own] - rows[0], part[own]
+                other = None if other is None else other[own]
             if sums is not None:
                 sums.index_add_(0, ids, part)
             if square_sums is None:
                 continue
             squares = part * part
-            if product is not None:
-                other = _product_rows(product, n, ids).mul_(self.scales[n])
+            if other is not None:
                 squares.add_(part.mul_(other), alpha=2.0)
             # A square of (rows + product) is not negative; the sum of its rounded terms could be.
             square_sums[ids] = (square_sums[ids] + squares).clamp_(min=0.0)

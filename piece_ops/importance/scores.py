@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from piece_ops.functional import Score, total
+from piece_ops.importance.candidates import rows_together
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,18 @@ RANKED_BY = {
 
 
 def totals_of(reference: Mapping[str, Tensor]) -> list[float]:
-    """The sum of squares of each parameter, in float64.
+    """The sums of squares, in float64, of rows that are always treated together.
 
-    `math.fsum` of these does not depend on whether all parameters are there at once.
+    `math.fsum` of these does not depend on whether all parameters, and all their rows, are there
+    at once.
     """
-    return [total(tensor) for tensor in reference.values()]
+    return [
+        total(matrix[first : first + rows])
+        for tensor in reference.values()
+        for matrix in [tensor if tensor.dim() > 1 else tensor.view(1, -1)]
+        for rows in [rows_together(matrix)]
+        for first in range(0, matrix.shape[0], rows)
+    ]
 
 
 def scores_of(

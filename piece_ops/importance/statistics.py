@@ -158,10 +158,12 @@ class Statistics:
                 f"piece-s or taylor), got {importance.method!r} with {importance._samples} samples"
             )
         stored = importance._square_sums
+        theirs, ours = importance._candidates, self._candidates
         lacking = [
             name
-            for name, parameter in self._candidates.parameters.items()
-            if name not in stored or stored[name].shape != parameter.shape
+            for name, parameter in ours.parameters.items()
+            if name not in stored
+            or stored[name].shape != (ours.shape(name) if name in theirs.rows else parameter.shape)
         ]
         if lacking:
             raise ValueError(
@@ -170,7 +172,8 @@ class Statistics:
             )
         self._kept = self._kept or self._zeros()
         for name, tensor in self._kept.items():
-            tensor.add_((stored[name] / importance._samples).to(tensor.device))
+            held = stored[name] if name in theirs.rows else ours.own_rows(name, stored[name])
+            tensor.add_((held / importance._samples).to(tensor.device))
 
     def _target(
         self,
@@ -185,10 +188,13 @@ class Statistics:
         maxima = self._maxima if is_exact and not is_reference else None
         if maxima is not None:
             maxima.constant = self._smallest_constant()
-        on_device = OnDevice(maxima, lambda name: self._candidates.parameters[name])
-        if is_exact:
-            return Target(square_sums, sums, first, is_reference, on_device)
-        return RoundedTarget(square_sums, sums, first, is_reference, on_device, seed=self._seed)
+        on_device = OnDevice(maxima, self._weight)
+        settings = (square_sums, sums, first, is_reference, on_device, self._candidates.rows)
+        return Target(*settings) if is_exact else RoundedTarget(*settings, seed=self._seed)
+
+    def _weight(self, name: str) -> Tensor:
+        candidates = self._candidates
+        return candidates.own_rows(name, candidates.parameters[name].detach())
 
     def _smallest_constant(self) -> float:
         """At most the constant that the accumulators will be ranked with."""
@@ -303,8 +309,8 @@ class Statistics:
         return {name: self._zero(name) for name in self._candidates.parameters}
 
     def _zero(self, name: str) -> Tensor:
-        parameter = self._candidates.parameters[name]
-        return torch.zeros(parameter.shape, dtype=self._dtype, device=parameter.device)
+        device = self._candidates.parameters[name].device
+        return torch.zeros(self._candidates.shape(name), dtype=self._dtype, device=device)
 
     def _check_sound(self, where: str) -> None:
         if self._spoiled is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -44,7 +43,7 @@ class StatisticsFile:
         path: str | os.PathLike[str],
         model: nn.Module,
         where: str,
-        names: Collection[str] | None = None,
+        only: Candidates | None = None,
     ) -> None:
         info, stored, self._read, _ = read_tensors(
             path, file_format=_FORMAT, version=_VERSION, where=where
@@ -75,8 +74,9 @@ class StatisticsFile:
         official = self.settings["compat"] is not None
         counted = [p for p in found.values() if p.requires_grad or not official]
         self.candidates = Candidates(
-            {name: found[name] for name in shapes if names is None or name in names},
+            {name: found[name] for name in shapes if only is None or name in only.parameters},
             sum(p.numel() for p in counted),
+            {} if only is None else only.rows,
         )
 
     def fill(self, statistics: Statistics) -> None:
@@ -94,11 +94,12 @@ class StatisticsFile:
                 )
             held = {}
             for name, parameter in self.candidates.parameters.items():
-                tensor = self._read(keys[name])
-                if tensor.dtype != self._dtype or tensor.shape != parameter.shape:
+                tensor = self._read(keys[name], self.candidates.rows.get(name))
+                shape = self.candidates.shape(name)
+                if tensor.dtype != self._dtype or tensor.shape != shape:
                     raise ValueError(
                         f"{self._where}: {self._path!r} is damaged: {kind} of {name!r} must be "
-                        f"{self._dtype} {list(parameter.shape)}, got {tensor.dtype} "
+                        f"{self._dtype} {list(shape)}, got {tensor.dtype} "
                         f"{list(tensor.shape)}"
                     )
                 held[name] = tensor.to(parameter.device)
