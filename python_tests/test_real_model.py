@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from piece_ops import Importance, PieceModel, Selection, SparseAdamW, estimate
+from piece_ops.importance.budget import groups_within, needs_of
 
 from helpers.per_sample import clear_k
 
@@ -145,6 +146,25 @@ def test_one_batched_pass_selects_what_the_loop_does(
             scores = loop._square_sums[name].flatten()[mine[~both]] / loop.sample_count
             torch.testing.assert_close(scores, torch.full_like(scores, wanted.threshold))
     assert common >= (0.9999 if dtype == torch.float32 else 0.98) * wanted.k
+
+
+@pytest.mark.parametrize("method", ["piece-s", "piece-g"])
+def test_a_tenth_of_the_sums_selects_the_same(model_and_batches: Any, method: str) -> None:
+    """The tied embedding, 21 % of the candidates, goes by rows."""
+    model, batches = model_and_batches
+    settings: dict[str, Any] = {"embeddings": True}
+    if method == "piece-g":
+        settings["reference"] = [pad(batches[2:])]
+    given = [pad(batches), pad(batches[:2])]
+    needs = needs_of(Importance(model, method, **settings))
+    budget = sum(need.sums for need in needs.values()) // 10
+    parts = [rows for group in groups_within(needs, budget) for rows in group.values()]
+    assert sum(rows is not None for rows in parts) >= 3
+    wanted = estimate(model, given, method, **settings)
+    got = estimate(model, given, method, memory_budget=budget, **settings)
+    assert "model.embed_tokens.weight" in wanted.indices
+    assert got.threshold == wanted.threshold and list(got.indices) == list(wanted.indices)
+    assert all(torch.equal(got.indices[name], wanted.indices[name]) for name in wanted.indices)
 
 
 def test_a_tied_embedding_gets_its_cross_terms(model_and_batches: Any) -> None:

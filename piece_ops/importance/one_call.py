@@ -53,10 +53,11 @@ def estimate(
         (piece-g: and two over its reference); `batches` must then be the same, in the same order,
         every time they are iterated. If all samples lie in one batch, one pass does for all
         parameters that a batched pass covers (not piece-g); a tied weight stays until its end, so
-        it gets a pass of its own where the others do not fit beside it. The selection is the same
-        as without a budget. An error if the largest parameter alone does not fit, since none is
-        split: with ``embeddings=True`` that is often the embedding. The k best so far come on top,
-        up to 24 bytes each.
+        it gets a pass of its own where the others do not fit beside it. A matrix that does not fit
+        alone, often the embedding with ``embeddings=True``, gets a pass for as many of its rows as
+        do; 4 Mi elements of it stay together, and a budget too small for them is an error. The
+        selection is the same as without a budget. The k best so far come on top, up to 24 bytes
+        each.
     **settings
         Everything else that `Importance` takes: loss_fn, per_sample, include, exclude,
         embeddings, reference, reference_samples, reference_tokens, xi, compat, accumulators, seed.
