@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from piece_ops.importance import Importance, estimate
+from piece_ops.importance import Importance, estimate, rounding
 from piece_ops.importance.budget import needs_of, peak_of
 from piece_ops.importance.rounding import add_rounded_
 
@@ -58,6 +58,30 @@ def test_random_bits_depend_on_key_and_position_only() -> None:
     add_rounded_(front[:1000], value[:1000], key=1)
     assert torch.equal(whole, same) and torch.equal(whole[:1000], front[:1000])
     assert 0.3 < float((whole != other).float().mean()) < 0.6  # 1/3 expected of uniform shares
+
+
+@pytest.mark.parametrize("begin", [0, 12_345, 2**32 - 70_000])
+@pytest.mark.parametrize("n", [0, 1, 1000, 300_001])
+def test_the_kernel_has_the_bits_of_plain_torch(n: int, begin: int) -> None:
+    torch.set_num_threads(2)
+    value, before = torch.randn(n), torch.randn(n).bfloat16()
+    wanted, got = before.clone(), before.clone()
+    rounding._add_rounded_in_torch(wanted, value, 2**32 - 7, begin)
+    assert add_rounded_(got, value, key=2**32 - 7, begin=begin) is False
+    assert torch.equal(got.view(torch.int16), wanted.view(torch.int16))
+    assert n < 1000 or not torch.equal(got, (before.float() + value).bfloat16())
+
+
+def test_what_is_not_finite_is_seen() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    for value in (torch.inf, -torch.inf, torch.nan, 1.5 * 2.0**127):
+        target = torch.full((100,), largest).bfloat16()
+        target[:50] = 0.0
+        assert add_rounded_(target[:50], torch.ones(50), key=1) is False
+        change = torch.zeros(50)
+        change[49] = value
+        assert add_rounded_(target[50:], change, key=1) is True
+        assert target[98] == largest and not torch.isfinite(target[99])
 
 
 @pytest.mark.parametrize("per_sample", [True, "loop", False])

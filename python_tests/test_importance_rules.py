@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import piece_ops.importance.rules as rules
 from piece_ops.importance import Importance, estimate
 from piece_ops.importance.batches import samples_of
-from piece_ops.importance.budget import bytes_of
+from piece_ops.importance.budget import needs_of, peak_of
 
 from helpers.model_zoo import packed, words
 from helpers.per_sample import assert_true_sums, rows_of, true_gradients
@@ -353,25 +353,29 @@ def test_a_gradient_that_is_not_finite_names_parameter_and_sample_and_spoils() -
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("accumulators", ["float32", "bfloat16"])
 @pytest.mark.parametrize("how", [True, "loop", False])
 @pytest.mark.parametrize("size", [1e11, 1e20])  # a square overflows; a product does
-def test_finite_factors_whose_products_overflow_raise_and_spoil(size: float, how: Any) -> None:
+def test_finite_factors_whose_products_overflow_raise_and_spoil(
+    size: float, how: Any, accumulators: str
+) -> None:
     net, factor = Net(lambda m, x: m.a(x), a=linear()), 1.0
 
     def loss_fn(model: Any, given: list[Tensor]) -> Tensor:
         output = model(given[0])
         return (factor * (output - output.detach())).mean()  # finite: zero
 
-    importance = Importance(net, "piece-s", loss_fn=loss_fn, per_sample=how)
+    settings: dict[str, Any] = {"loss_fn": loss_fn, "per_sample": how, "accumulators": accumulators}
+    importance = Importance(net, "piece-s", **settings)
     importance.update(data())
     factor, wrong = size, [size * x for x in data()]
     with pytest.raises(ValueError, match=r"must be finite.*'a\.weight'"):
         importance.update(wrong)
     with pytest.raises(RuntimeError, match=r"call reset\(\)"):
         importance.select(k=1)
-    budget = bytes_of(importance)["a.weight"]
+    budget = peak_of([needs_of(importance)["a.weight"]])
     with pytest.raises(ValueError, match=r"must be finite.*'a\.(weight|bias)'"):  # one pass
-        estimate(net, [wrong], k=1, loss_fn=loss_fn, per_sample=how, memory_budget=budget)
+        estimate(net, [wrong], k=1, memory_budget=budget, **settings)
 
 
 def test_a_loss_without_candidates_is_refused() -> None:

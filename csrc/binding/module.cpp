@@ -13,6 +13,7 @@
 #include "piece_ops/core/check.h"
 #include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
+#include "piece_ops/ops/add_rounded.h"
 #include "piece_ops/ops/gather.h"
 #include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
@@ -232,6 +233,14 @@ double total(const Ints& tensors, const Ints& sizes, const Ints& dtypes, int thr
   return cpu::total(cpu_context(threads), args);
 }
 
+bool add_rounded(int64_t target, int64_t value, int64_t n, uint32_t key, int64_t begin,
+                 int threads) {
+  const AddRoundedArgs args{n, reinterpret_cast<uint16_t*>(target),
+                            reinterpret_cast<const float*>(value), key, begin};
+  const py::gil_scoped_release unlocked;
+  return cpu::add_rounded(cpu_context(threads), args);
+}
+
 void sampled_weight_grad(const Matrix& grad_output, const Matrix& input, int64_t tokens,
                          int64_t indices, int64_t count, int64_t values, int threads) {
   SampledWeightGradArgs args{make_matrix(grad_output, tokens),
@@ -284,5 +293,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_two", &scatter_two);
   m.def("total", &total);
   m.def("sampled_weight_grad", &sampled_weight_grad);
+  m.def("add_rounded", &add_rounded);
   m.def("read_bandwidth_probe", &read_bandwidth_probe);
 }

@@ -6,11 +6,11 @@
 // Algorithm  1. One read of G and X looks for full exponents. 2. X is packed into panels as wide
 //            as a register tile (products.h), so that a step of the inner loop reads consecutive
 //            words; 16-bit types become float32 there, or stay pairs of bfloat16 where the CPU
-//            multiplies those (AVX-512, AMX). 3. A task packs a block of G's columns, and goes over X's panels;
-//            for each, over the samples, and over the block's tiles. A tile's sums over a sample
-//            stay in registers, are squared there and added to a block of 18 KiB in L1; the block
-//            is added to the accumulators once all samples are through. A sample of more than
-//            kSteps words is cut, its unfinished sums kept in a second block meanwhile.
+//            multiplies those (AVX-512, AMX). 3. A task packs a block of G's columns, and goes over
+//            X's panels; for each, over the samples, and over the block's tiles. A tile's sums over
+//            a sample stay in registers, are squared there and added to a block of 18 KiB in L1;
+//            the block is added to the accumulators once all samples are through. A sample of more
+//            than kSteps words is cut, its unfinished sums kept in a second block meanwhile.
 // Traffic    2 tokens out in flops, as the ordinary weight gradient; the accumulators are read
 //            and written once: 8 (16 with sums) bytes for 2 x tokens flops. Bound: arithmetic,
 //            from some 100 tokens on. 1536 x 576, 4096 tokens, one thread (Zen 5, 230 Gflop/s in
@@ -185,8 +185,8 @@ class ColumnBlock {
   void add_rows(int64_t first, int64_t rows, int64_t panel, int64_t panels_end) {
     const int64_t tiles = ceil_div(rows, products_.rows);
     const int64_t size = products_.rows * products_.columns, block_rows = tiles * products_.rows;
-    // The accumulators' lines, a row apart so that the hardware does not foresee them, are asked for
-    // some at a time, while the panel is multiplied that will be added there.
+    // The accumulators' lines, a row apart so that the hardware does not foresee them, are asked
+    // for some at a time, while the panel is multiplied that will be added there.
     const int64_t rows_a_tile = ceil_div(2 * rows, tiles * static_cast<int64_t>(segments_.size()));
     // A segment's words of all tiles lie together: they are read in one go, from L3 when T is long.
     const Scratch<uint32_t> packed(steps_ * block_rows);

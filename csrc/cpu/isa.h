@@ -31,6 +31,10 @@ struct Bodies {
   // to[r][c] += from[r][c], rows so many floats apart; whether a sum is not finite.
   bool (*add_block)(float* to, int64_t to_stride, const float* from, int64_t from_stride,
                     int64_t rows, int64_t columns);
+  // target[i] = bfloat16(target[i] + value[i]), rounded at random by a hash of the key and
+  // place + i; whether a sum is not finite.
+  bool (*add_rounded)(uint16_t* target, const float* value, uint32_t place, uint32_t key,
+                      int64_t n);
   // Widen bfloat16 or float16 to float32, exactly.
   void (*to_float)(DType dtype, const void* x, float* out, int64_t n);
   // out[i] = the score formula; kPlain and kRandom are not evaluated here. out may be first.

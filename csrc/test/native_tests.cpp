@@ -16,6 +16,7 @@
 #include "piece_ops/math/rounding.h"
 #include "piece_ops/ops/accumulate_per_sample_squares.h"
 #include "piece_ops/ops/accumulate_squares.h"
+#include "piece_ops/ops/add_rounded.h"
 #include "piece_ops/ops/gather.h"
 #include "piece_ops/ops/sampled_weight_grad.h"
 #include "piece_ops/ops/scatter.h"
@@ -206,6 +207,22 @@ void test_updates() {
   const double one = cpu::total(context, {1, &grads});
   context.threads = 1;
   expect(cpu::total(context, {1, &grads}) == one, "total does not depend on threads");
+
+  std::vector<uint16_t> rounded(n, float_to_bf16(1.0f));
+  const int64_t begin = (int64_t{1} << 32) - n / 2;  // positions pass 2^32
+  for (const int threads : {1, 3}) {
+    context.threads = threads;
+    std::fill(rounded.begin(), rounded.end(), float_to_bf16(1.0f));
+    const AddRoundedArgs args{n, rounded.data(), grad.data(), 5, begin};
+    expect(!cpu::add_rounded(context, args), "add_rounded sees finite sums");
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t at = static_cast<uint64_t>(begin + i);
+      const uint32_t key = 5 ^ hash_32(static_cast<uint32_t>(at >> 32));
+      const uint32_t bits = hash_32(static_cast<uint32_t>(at) ^ key);
+      expect(rounded[i] == float_to_bf16_at_random(1.0f + grad[i], bits), "add_rounded", i);
+    }
+  }
+  context.threads = 1;
 
   index.back() = n;
   bool thrown = false;

@@ -81,6 +81,18 @@ def add_per_sample_squares(
     return bool(overflowed)
 
 
+def add_rounded_(target: Tensor, value: Tensor, key: int, begin: int) -> bool:
+    """``target += value``, bfloat16 and float32, contiguous, of one size; rounded at random.
+
+    By a hash of `key` and of positions from `begin` on. Whether a sum is not finite afterwards.
+    """
+    overflowed = extension().add_rounded(
+        target.data_ptr(), value.data_ptr(), target.numel(), key, begin, torch.get_num_threads()
+    )
+    _schema.bump_versions([target])
+    return bool(overflowed)
+
+
 @register("select_topk", "CPU")
 def select_topk(
     first: list[Tensor],

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from piece_ops.backends import cpu
 from piece_ops.importance.candidates import Rows
 from piece_ops.importance.on_device import OnDevice
 from piece_ops.importance.rules import Target
@@ -56,19 +57,31 @@ class RoundedTarget(Target):
             if stored is not None and value is not None:
                 key = _mix_number(self._seed ^ zlib.crc32(f"{kind}/{name}".encode()))
                 begin = self.rows[name][0] * stored[0].numel() if name in self.rows else 0
-                add_rounded_(stored, value, key=_mix_number(key ^ self.sample), begin=begin)
-                self.note(name, None)
+                key = _mix_number(key ^ self.sample)
+                super().note(name, add_rounded_(stored, value, key=key, begin=begin))
+
+    def note(self, name: str, overflowed: bool | None) -> None:
+        """Nothing: what overflows float32 is seen when it is rounded."""
 
 
 def _zeros_for(stored: Tensor | None) -> Tensor | None:
     return None if stored is None else torch.zeros_like(stored, dtype=torch.float32)
 
 
-def add_rounded_(target: Tensor, value: Tensor, *, key: int, begin: int = 0) -> None:
+def add_rounded_(target: Tensor, value: Tensor, *, key: int, begin: int = 0) -> bool | None:
     """``target += value`` in float32, rounded to bfloat16 at random; both contiguous.
 
     `begin`: the position of the first of them in the accumulator, if they are only a part of it.
+    Whether a sum is not finite afterwards; None: nobody looked.
     """
+    if target.device.type == "cpu":
+        return cpu.add_rounded_(target, value, key, begin)
+    _add_rounded_in_torch(target, value, key, begin)
+    return None
+
+
+def _add_rounded_in_torch(target: Tensor, value: Tensor, key: int, begin: int) -> None:
+    """The same bits on any device."""
     stored, added = target.view(-1), value.view(-1)
     first, end = begin, begin + stored.numel()
     while first < end:

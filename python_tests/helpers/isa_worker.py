@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from piece_ops import _native
 from piece_ops import functional as ops
+from piece_ops.backends import cpu
 
 from helpers.cases import (
     BF16,
@@ -156,6 +157,15 @@ def sampled_weight_grad(digest: Digest) -> None:
                     digest.add(ops.sampled_weight_grad(grads, x.view(tokens, width), indices))
 
 
+def add_rounded_(digest: Digest) -> None:
+    g = torch.Generator().manual_seed(17)
+    for name in FINITE:
+        for n in (*EDGE_SIZES, 70_001):
+            target, value = draw(name, n, BF16, g), draw("lognormal4", n, F32, g)
+            for begin in (0, 2**32 - n // 2):
+                digest.add(cpu.add_rounded_(target, value, n, begin), target)
+
+
 GROUPS: tuple[Callable[[Digest], None], ...] = (
     select_topk,
     scores,
@@ -163,6 +173,7 @@ GROUPS: tuple[Callable[[Digest], None], ...] = (
     sparse_adamw_,
     gather_scatter_total,
     sampled_weight_grad,
+    add_rounded_,
 )
 
 

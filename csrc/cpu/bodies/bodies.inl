@@ -251,6 +251,19 @@ bool add_block(float* to, int64_t to_stride, const float* from, int64_t from_str
   return any != 0;
 }
 
+// ---- add_rounded -------------------------------------------------------------------------------
+
+bool add_rounded(uint16_t* __restrict target, const float* __restrict value, uint32_t place,
+                 uint32_t key, int64_t n) {
+  uint32_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float sum = bf16_to_float(target[i]) + value[i];
+    target[i] = float_to_bf16_at_random(sum, hash_32((place + static_cast<uint32_t>(i)) ^ key));
+    any |= (target[i] & 0x7f80u) == 0x7f80u ? 1u : 0u;
+  }
+  return any != 0;
+}
+
 // ---- sampled_weight_grad -----------------------------------------------------------------------
 
 // From this many used columns among kWide on, a block of kWide x kWide is transposed in registers;
@@ -434,9 +447,9 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite,   accumulate_squares, add_block,  to_float,    evaluate,
-    scan_float,        scan_double,        keys_float, keys_double, adamw,
-    transpose_columns, sampled_dots,       dense_dots, read,        &kProducts,
+    count_nonfinite, accumulate_squares, add_block,  add_rounded, to_float, evaluate,
+    scan_float,      scan_double,        keys_float, keys_double, adamw,    transpose_columns,
+    sampled_dots,    dense_dots,         read,       &kProducts,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE

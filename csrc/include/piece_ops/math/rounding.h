@@ -1,4 +1,5 @@
-// rounding.h - bfloat16 and float16 to and from float32; narrowing rounds to nearest, ties to even.
+// rounding.h - bfloat16 and float16 to and from float32; narrowing rounds to nearest, ties to even,
+// or at random.
 //
 // Bit arithmetic only, so the result does not depend on the rounding mode, on flush-to-zero or on
 // the instruction set. NaN stays NaN (quiet).
@@ -19,6 +20,20 @@ PIECE_OPS_HD uint16_t float_to_bf16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// A hash of 32 bits (lowbias32).
+PIECE_OPS_HD uint32_t hash_32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Up with the probability of x's share of the distance from the lower to the upper neighbour, if
+// the lower 16 bits of `random` are: of a negative number the bits grow with its size, so that both
+// signs are rounded alike. Infinities, and what bfloat16 holds, stay.
+PIECE_OPS_HD uint16_t float_to_bf16_at_random(float x, uint32_t random) {
+  return static_cast<uint16_t>((bit_cast<uint32_t>(x) + (random & 0xffffu)) >> 16);
 }
 
 PIECE_OPS_HD float fp16_to_float(uint16_t h) {
