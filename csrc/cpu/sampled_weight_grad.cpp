@@ -32,8 +32,8 @@
 //            (the dense GEMMs: 372 and 98 ms) on an Intel Xeon whose two cores read 29 GB/s.
 //            Tried without gain (2026-11-28): 32 tokens of every column together, so that blocks
 //            are stored in a row (10 to 15 % slower), loading by 128-bit pieces, which halves the
-//            shuffles (none), asking for whole rows ahead (none), panels of 32 to 64 and of 2048
-//            columns of grad_output (cold, up to 1.5 times slower: short pieces of rows; 1.3 times).
+//            shuffles (none), asking for whole rows ahead (none), panels of 32 columns of
+//            grad_output (cold up to 1.5 times slower: pieces of rows are short) or 2048 (1.3).
 // Scratch    4 bytes a used column and a token of a block (16 tokens of padding) for each block
 //            held: one a thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index (at most 2
 //            MiB) a thread; 12 bytes a column of input. Nothing grows with the weight or the number
