@@ -80,8 +80,20 @@ def test_selections_as_they_are(dtype: torch.dtype, rng: torch.Generator) -> Non
 def test_bits_of_special_numbers(kind: str, rng: torch.Generator) -> None:
     for dtype in HALVES_AND_FLOAT:
         g, x = matrix(270, 40, dtype, rng, kind), matrix(270, 50, dtype, rng)
-        indices = some_positions(2000, 0.3, rng)
-        assert_bits_equal(sampled_weight_grad(g, x, indices), in_order(g, x, indices), kind)
+        for indices in (some_positions(2000, 0.3, rng), some_positions(2000, 0.015, rng)):
+            assert_bits_equal(sampled_weight_grad(g, x, indices), in_order(g, x, indices), kind)
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_few_indices_and_one_more(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Up to half as many as both matrices have columns, the CPU reads rows as they are."""
+    for out, width in ((40, 64), (41, 64), (40, 63), (2, 2), (300, 500)):
+        g, x = matrix(300, out, dtype, rng), matrix(300, width, dtype, rng)
+        limit = (out + width) // 2
+        for n in (1, limit - 1, limit, limit + 1):
+            indices = torch.randperm(out * width - 1, generator=rng)[: n - 1].sort().values
+            indices = torch.cat([indices, torch.tensor([out * width - 1])])
+            check(g, x, indices, f"{out} x {width}, {indices.numel()} indices, {dtype}")
 
 
 def test_nan_and_infinities_are_arithmetic(rng: torch.Generator) -> None:
@@ -93,6 +105,10 @@ def test_nan_and_infinities_are_arithmetic(rng: torch.Generator) -> None:
     assert torch.equal(got.isnan(), want.isnan())
     assert_bits_equal(got.nan_to_num(0.0, 1.0, -1.0), want.nan_to_num(0.0, 1.0, -1.0))
     assert got[3] == float("inf") and got[4] == -float("inf") and got[5].isnan()
+    for few in (indices[3:6], torch.arange(0, 600, 40)):
+        assert sampled_weight_grad(g, x.float(), few).tolist() == pytest.approx(
+            want[few].tolist(), rel=0, abs=0, nan_ok=True
+        )
 
 
 def test_overflow_is_float32s() -> None:
@@ -101,8 +117,9 @@ def test_overflow_is_float32s() -> None:
 
 
 def test_same_bits_for_every_thread_count(rng: torch.Generator) -> None:
-    for out, width, share in ((fewer(900), 200, 0.01), (40, fewer(3000), 0.2)):
-        g, x = matrix(520, out, BF16, rng), matrix(520, width, F32, rng)
+    cases = ((fewer(900), 200, 0.01, F32), (40, fewer(3000), 0.2, F32), (900, 200, 0.002, BF16))
+    for out, width, share, dtype in cases:
+        g, x = matrix(520, out, BF16, rng), matrix(520, width, dtype, rng)
         indices = some_positions(out * width, share, rng)
         want = in_order(g, x, indices)
         for threads in (1, 2, 2, 3):

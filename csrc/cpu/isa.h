@@ -21,6 +21,7 @@ constexpr int64_t kBlock = 1024;
 struct Products;  // products.h
 constexpr int64_t kColumnsAtOnce = 128;
 constexpr int64_t kTileRows = 4;
+constexpr int64_t kGatherUnit = 16;
 
 struct Bodies {
   // NaN and infinities among n numbers.
@@ -66,6 +67,11 @@ struct Bodies {
   // kTileRows rows and n columns.
   void (*dense_dots)(const float* first, const float* second, int64_t stride, int64_t tokens,
                      int64_t n, float* out);
+  // out[s] += the sum over a block's tokens of grad[t][a[s]] * input[t][b[s]], of rows of the
+  // matrices as they are, of one dtype; of 16-bit ones the columns are even in number. n is a
+  // multiple of kGatherUnit; lanes is scratch for kSampledLanes * n floats.
+  void (*gathered_dots)(const ConstMatrix& grad, const int32_t* a, const ConstMatrix& input,
+                        const int32_t* b, int64_t n, float* lanes, float* out);
   // Reads n_bytes and returns their xor in 8-byte words: the fastest plain read loop there is,
   // the denominator of the benchmarks.
   uint64_t (*read)(const void* data, int64_t n_bytes);

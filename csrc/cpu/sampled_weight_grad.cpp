@@ -2,19 +2,28 @@
 //
 // What       values[s] = sum over tokens t of grad_output[t, i] * input[t, j], in float32, in the
 //            order of ops/sampled_weight_grad.h: the bits depend on nothing else.
-// Algorithm  An entry is a dot product over tokens, but tokens lie a row apart. So, for a block of
-//            256 tokens: 1. the columns of input that some index uses are transposed into a panel,
-//            a row of 1 KiB each (float32); 2. a run of up to 128 rows of the weight has its
-//            columns of grad_output transposed into a second panel, and every index is one dot
-//            product of two panel rows: two loads, a multiplication and an addition for 16 tokens.
-//            The block's sum is added to the value, so nothing is carried from block to block but
-//            the values.
+// Algorithm  An entry is a dot product over tokens, but tokens lie a row apart. Two ways, for a
+//            block of 256 tokens; its sum is added to the value, so nothing is carried from block
+//            to block but the values.
+//            Few indices (at most half as many as both matrices have columns): rows are read as
+//            they are, one token after the other; 16 indices gather their two numbers each and add
+//            the products to their sums in the token's lane. A lane's sums of all indices come from
+//            L2 every 32 tokens; the lanes are added up at the end.
+//            More: 1. the columns of input that some index uses are transposed into a panel, a row
+//            of 1 KiB each (float32); 2. a run of up to 128 rows of the weight has its columns of
+//            grad_output transposed into a second panel, and every index is one dot product of two
+//            panel rows: two loads, a multiplication and an addition for 16 tokens.
+//            Cold, two threads, 512 tokens, 0.1, 0.5 and 0.75 as many indices as columns of both:
+//              576 x 576, bfloat16    rows  43,  65,  96 us   panels  90,  80,  110
+//              1536 x 576, float32         125, 183, 235             184, 215,  224
+//              4096 x 4096, bfloat16       260, 575, 830             370, 810, 1010
 // Threads    While there is a block for each of them, each takes one, with panels and sums of its
 //            own, which are then added in order. A panel that two threads had filled lay half in
 //            the other one's cache: 2 threads took 153 us for 1536 x 576 (bfloat16), 1 thread 195,
 //            and with panels of their own 2 take 95. For the other blocks, and where input panel or
-//            sums pass 2 MiB, they share the input panel and take pieces of the indices.
-// Transpose  It dominates (SmolLM2's 576 x 576, 0.1 %: 258 Ki elements transposed, 170 Ki
+//            sums pass 2 MiB, they share the input panel and take pieces of the indices; few
+//            indices they share where blocks are fewer than threads.
+// Transpose  It dominates panels (SmolLM2's 576 x 576, 0.1 %: 258 Ki elements transposed, 170 Ki
 //            products), hence squares of 16 x 16 in registers wherever a quarter of the 16 columns
 //            is used, element by element elsewhere. 0.08 ns an element in cache, and 0.20 where a
 //            panel does not begin with a cache line.
@@ -23,21 +32,20 @@
 //            order, same bits. Measured, 1536 x 576, 512 tokens, one Zen 5 core: all entries one by
 //            one 23 ms, in tiles 9.6 ms, so the two cross at 0.42; torch's float32 GEMM takes 8.0
 //            ms, which is what its fused multiply-add is worth, and would not keep the bits.
-// Traffic    each used column of both matrices once (nearly all cache lines of them, when 16
-//            neighbours hold one used column), 4 bytes an element to L2 and back. Bound:
-//            transposing while the matrices are in cache, memory for the large ones (a head of
-//            49152 x 576 reads 100 MB of float32 gradients). Predicted for all Linears of SmolLM2,
-//            512 tokens, 0.1 %, two cores: 84 Mi elements at 0.7 cycles, 10 ms, plus 3 to 5 ms of
-//            memory; measured, with each layer's matrices cold, 36 ms float32 and 28 ms bfloat16
-//            (the dense GEMMs: 372 and 98 ms) on an Intel Xeon whose two cores read 29 GB/s.
-//            Tried without gain (2026-11-28): 32 tokens of every column together, so that blocks
-//            are stored in a row (10 to 15 % slower), loading by 128-bit pieces, which halves the
-//            shuffles (none), asking for whole rows ahead (none), panels of 32 columns of
-//            grad_output (cold up to 1.5 times slower: pieces of rows are short) or 2048 (1.3).
-// Scratch    4 bytes a used column and a token of a block (16 tokens of padding) for each block
-//            held: one a thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index (at most 2
-//            MiB) a thread; 12 bytes a column of input. Nothing grows with the weight or the number
-//            of blocks.
+// Traffic    Rows: both matrices once. Panels: each used column of both once (nearly all cache
+//            lines of them, when 16 neighbours hold one used column), 4 bytes an element to L2 and
+//            back. All Linears of SmolLM2, 512 tokens, 0.1 %, two cores of an Intel Xeon
+//            (2026-11-28): a plain read of all matrices takes 15 ms in float32 and 8 in bfloat16;
+//            44 and 32 all by panels, 34 and 24 by rows where indices are few (the dense GEMMs: 410
+//            and 115). The head, 49152 x 576, goes by panels: 100 MB of float32 gradients, 5 ms.
+// Tried      Without gain for panels (2026-11-28): 32 tokens of every column together, so that
+//            blocks are stored in a row (10 to 15 % slower), loading by 128-bit pieces, which
+//            halves the shuffles (none), asking for whole rows ahead (none), panels of 32 columns
+//            of grad_output (cold up to 1.5 times slower: pieces of rows are short) or 2048 (1.3).
+// Scratch    Few indices: 140 bytes an index and a thread, at most 1.1 MiB. Panels: 4 bytes a used
+//            column and a token of a block (16 tokens of padding) for each block held: one a
+//            thread, or as many as fit 1 MiB; 143 KB and 4 bytes an index (at most 2 MiB) a thread;
+//            12 bytes a column of input. Nothing grows with the weight or the number of blocks.
 // Limits     columns of one matrix: 2^31.
 #include "piece_ops/ops/sampled_weight_grad.h"
 
@@ -57,6 +65,9 @@ constexpr int64_t kIndicesAtOnce = 1024;
 constexpr int64_t kPanelFloats = 1 << 18;
 // Floats of an input panel of a thread's own, and of its sums, at most: 2 MiB, as a core's L2.
 constexpr int64_t kOwnFloats = 1 << 19;
+
+// Indices of which the lanes of a block, 128 bytes each, stay in L2.
+constexpr int64_t kMostGathered = 8192;
 
 // The row and column of positions that come in increasing order; one division a row.
 class Walk {
@@ -325,6 +336,62 @@ void add_shared_blocks(const Work& work, int threads, int64_t first, int64_t n_b
   }
 }
 
+// Does following the indices through the rows cost less than to transpose columns (see the header)?
+bool gathers(const SampledWeightGradArgs& args) {
+  const ConstMatrix& grads = args.grad_output;
+  const ConstMatrix& input = args.input;
+  const bool in_pairs = grads.dtype != DType::kFloat32;
+  return grads.dtype == input.dtype && args.indices.n <= (grads.columns + input.columns) / 2 &&
+         args.indices.n <= kMostGathered &&
+         !(in_pairs && (grads.columns % 2 != 0 || input.columns % 2 != 0));
+}
+
+// Rounds of blocks of tokens: a thread takes one, or a part of the indices where there are fewer.
+void add_gathered(const Context& context, const SampledWeightGradArgs& args) {
+  const int64_t n = args.indices.n;
+  const int64_t padded = (n + kGatherUnit - 1) / kGatherUnit * kGatherUnit;
+  const int64_t n_blocks = (args.grad_output.rows + kSampledBlock - 1) / kSampledBlock;
+  const int threads =
+      usable_threads(context.threads, n_blocks * (padded / kGatherUnit), n * args.grad_output.rows);
+  std::vector<int32_t> rows(static_cast<size_t>(padded)), columns(static_cast<size_t>(padded));
+  Walk walk(args.input.columns);
+  for (int64_t s = 0; s < padded; ++s) {  // the last index again, where none is left
+    walk.move_to(args.indices.data[std::min(s, n - 1)]);
+    rows[s] = static_cast<int32_t>(walk.row());
+    columns[s] = static_cast<int32_t>(walk.column());
+  }
+  const auto block_of = [](ConstMatrix matrix, int64_t block) {
+    const int64_t first = block * kSampledBlock;
+    matrix.data =
+        static_cast<const char*>(matrix.data) + first * matrix.row_stride * size_of(matrix.dtype);
+    matrix.rows = std::min(kSampledBlock, matrix.rows - first);
+    return matrix;
+  };
+  const Bodies& bodies = *active_isa().bodies;
+  const int64_t at_once = std::min<int64_t>(threads, n_blocks);
+  const Scratch<float> lanes(threads * kSampledLanes * padded);
+  const Scratch<float> sums(at_once * padded);
+  for (int64_t first = 0; first < n_blocks; first += at_once) {
+    const int64_t blocks = std::min(at_once, n_blocks - first);
+    const int64_t units = padded / kGatherUnit;
+    const int64_t parts = std::max<int64_t>(1, std::min(threads / blocks, units));
+    std::fill(sums.data(), sums.data() + blocks * padded, 0.0f);
+    parallel_for(threads, blocks * parts, 1, [&](int thread, int64_t task) {
+      const int64_t block = task / parts;
+      const int64_t begin = task % parts * units / parts * kGatherUnit;
+      const int64_t end = (task % parts + 1) * units / parts * kGatherUnit;
+      bodies.gathered_dots(block_of(args.grad_output, first + block), rows.data() + begin,
+                           block_of(args.input, first + block), columns.data() + begin, end - begin,
+                           lanes.data() + thread * kSampledLanes * padded,
+                           sums.data() + block * padded + begin);
+    });
+    const IeeeEnvironment environment;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t s = 0; s < n; ++s) args.values[s] += sums.data()[block * padded + s];
+    }
+  }
+}
+
 }  // namespace
 
 void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& args) {
@@ -334,6 +401,10 @@ void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& ar
   check_indices("sampled_weight_grad", "indices", 0, indices, grads.columns * input.columns);
   std::fill(args.values, args.values + indices.n, 0.0f);
   if (indices.n == 0 || grads.rows == 0) return;
+  if (gathers(args)) {
+    add_gathered(context, args);
+    return;
+  }
 
   const UsedColumns used(indices, input.columns);
   const Work work{*active_isa().bodies, args, used, full_from(used.count()),

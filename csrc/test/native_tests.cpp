@@ -311,22 +311,30 @@ void test_sampled_weight_grad() {
   std::normal_distribution<float> normal;
   for (const int64_t tokens : {0, 1, 31, 256, 300}) {
     for (const int64_t out : {1, 15, 200}) {
-      for (const int64_t width : {1, 16, 37}) {
+      for (const int64_t width : {1, 16, 37, 38}) {
         // The matrices are exactly as large as they must be: a read past an end is an error.
         std::vector<uint16_t> grads(tokens ? (tokens - 1) * (out + 3) + out : 0);
         std::vector<float> x(tokens * width);
+        std::vector<uint16_t> half(tokens * width);
         for (uint16_t& g : grads) g = float_to_bf16(normal(random));
-        for (float& v : x) v = normal(random);
+        for (int64_t i = 0; i < tokens * width; ++i) {
+          half[i] = float_to_bf16(normal(random));
+          x[i] = bf16_to_float(half[i]);
+        }
+        const bool few = width == 38;  // indices, and both matrices of one dtype
         std::vector<int64_t> index;
-        for (int64_t i = 0; i < out * width; i += 1 + static_cast<int64_t>(random() % 40)) {
+        for (int64_t i = 0; i < out * width;
+             i += 1 + static_cast<int64_t>(random() % (few ? 200 : 40))) {
           index.push_back(i);
         }
         std::vector<float> values(index.size(), -1.0f);
         const ConstMatrix g{grads.data(), tokens, out, out + 3, DType::kBFloat16};
         Context context;
         context.threads = 1 + static_cast<int>(out % 2);
+        const ConstMatrix wide{x.data(), tokens, width, width, DType::kFloat32};
+        const ConstMatrix narrow{half.data(), tokens, width, width, DType::kBFloat16};
         cpu::sampled_weight_grad(context, {g,
-                                           {x.data(), tokens, width, width, DType::kFloat32},
+                                           few ? narrow : wide,
                                            {index.data(), static_cast<int64_t>(index.size())},
                                            values.data()});
         for (size_t s = 0; s < index.size(); ++s) {

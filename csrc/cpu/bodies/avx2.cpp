@@ -72,6 +72,28 @@ inline Wide load_wide(const Bf16* x) {
 inline Wide load_wide(const Fp16* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
+inline Wide gather_wide(const float* x, const int32_t* positions) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(positions));
+  return _mm256_i32gather_ps(x, at, 4);
+}
+// Pairs of 16-bit elements, the wanted one in the upper half.
+inline __m256i gather_pairs(const void* x, const int32_t* positions) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(positions));
+  const __m256i pairs =
+      _mm256_i32gather_epi32(static_cast<const int*>(x), _mm256_srli_epi32(at, 1), 4);
+  const __m256i is_lower = _mm256_andnot_si256(at, _mm256_set1_epi32(1));
+  return _mm256_sllv_epi32(pairs, _mm256_slli_epi32(is_lower, 4));
+}
+inline Wide gather_wide(const Bf16* x, const int32_t* positions) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm256_castsi256_ps(_mm256_and_si256(gather_pairs(x, positions), upper));
+}
+inline Wide gather_wide(const Fp16* x, const int32_t* positions) {
+  const __m256i lower = _mm256_srli_epi32(gather_pairs(x, positions), 16);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
+  return _mm256_cvtph_ps(packed);
+}
 inline void store_wide(float* x, Wide v) { _mm256_storeu_ps(x, v); }
 
 // v[i][j] becomes v[j][i]: pairs, quadruples, then the 128-bit halves.

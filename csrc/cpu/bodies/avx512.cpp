@@ -72,6 +72,24 @@ inline Wide load_wide(const Bf16* x) {
 inline Wide load_wide(const Fp16* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
+inline Wide gather_wide(const float* x, const int32_t* positions) {
+  return _mm512_i32gather_ps(_mm512_loadu_si512(positions), x, 4);
+}
+// Pairs of 16-bit elements, the wanted one in the upper half.
+inline __m512i gather_pairs(const void* x, const int32_t* positions) {
+  const __m512i at = _mm512_loadu_si512(positions);
+  const __m512i pairs = _mm512_i32gather_epi32(_mm512_srli_epi32(at, 1), x, 4);
+  const __m512i is_lower = _mm512_andnot_si512(at, _mm512_set1_epi32(1));
+  return _mm512_sllv_epi32(pairs, _mm512_slli_epi32(is_lower, 4));
+}
+inline Wide gather_wide(const Bf16* x, const int32_t* positions) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_castsi512_ps(_mm512_and_si512(gather_pairs(x, positions), upper));
+}
+inline Wide gather_wide(const Fp16* x, const int32_t* positions) {
+  const __m512i lower = _mm512_srli_epi32(gather_pairs(x, positions), 16);
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(lower));
+}
 inline void store_wide(float* x, Wide v) { _mm512_storeu_ps(x, v); }
 
 // v[i][j] becomes v[j][i]: pairs, quadruples, then the 128-bit quarters.

@@ -429,6 +429,61 @@ void dense_dots(const float* first, const float* second, int64_t stride, int64_t
   }
 }
 
+// How far ahead rows are asked for, in elements: 4 KiB, the fastest of 0 to 16 (cold, two threads:
+// 173 us for 1536 x 576 in float32, without 271), in whole rows.
+template <class Element>
+inline __attribute__((always_inline)) int64_t ahead_of(const ConstMatrix& matrix) {
+  constexpr int64_t kAhead = 4096 / sizeof(Element);
+  const int64_t rows = matrix.row_stride < kAhead ? kAhead / matrix.row_stride : 1;
+  return rows * matrix.row_stride;
+}
+
+// Row t, and a request for the one so many elements further on.
+template <class Element>
+inline __attribute__((always_inline)) const Element* row_of(const ConstMatrix& matrix, int64_t t,
+                                                            int64_t ahead) {
+  const Element* row = static_cast<const Element*>(matrix.data) + t * matrix.row_stride;
+  const uintptr_t next = reinterpret_cast<uintptr_t>(row) + ahead * sizeof(Element);
+  for (uintptr_t line = 0; line < matrix.columns * sizeof(Element); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+  }
+  return row;
+}
+
+template <class Element>
+inline __attribute__((always_inline)) void gathered_with(const ConstMatrix& grad, const int32_t* a,
+                                                         const ConstMatrix& input, const int32_t* b,
+                                                         int64_t n, float* lanes, float* out) {
+  const int64_t grad_ahead = ahead_of<Element>(grad);
+  const int64_t input_ahead = ahead_of<Element>(input);
+  for (int64_t i = 0; i < kSampledLanes * n; ++i) lanes[i] = 0.0f;
+  for (int64_t t = 0; t < grad.rows; ++t) {
+    const Element* g = row_of<Element>(grad, t, grad_ahead);
+    const Element* x = row_of<Element>(input, t, input_ahead);
+    float* lane = lanes + t % kSampledLanes * n;
+    for (int64_t s = 0; s < n; s += kWide) {
+      const Wide product = gather_wide(g, a + s) * gather_wide(x, b + s);
+      store_wide(lane + s, load_wide(lane + s) + product);
+    }
+  }
+  for (int64_t half = kSampledLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half * n; ++i) lanes[i] = lanes[i] + lanes[half * n + i];
+  }
+  for (int64_t s = 0; s < n; ++s) out[s] = out[s] + lanes[s];
+}
+
+void gathered_dots(const ConstMatrix& grad, const int32_t* a, const ConstMatrix& input,
+                   const int32_t* b, int64_t n, float* lanes, float* out) {
+  switch (grad.dtype) {
+    case DType::kFloat32:
+      return gathered_with<float>(grad, a, input, b, n, lanes, out);
+    case DType::kBFloat16:
+      return gathered_with<Bf16>(grad, a, input, b, n, lanes, out);
+    default:
+      return gathered_with<Fp16>(grad, a, input, b, n, lanes, out);
+  }
+}
+
 // ---- the read floor ----------------------------------------------------------------------------
 
 uint64_t read(const void* data, int64_t n_bytes) {
@@ -447,9 +502,9 @@ uint64_t read(const void* data, int64_t n_bytes) {
 }  // namespace
 
 const Bodies kBodies = {
-    count_nonfinite, accumulate_squares, add_block,  add_rounded, to_float, evaluate,
-    scan_float,      scan_double,        keys_float, keys_double, adamw,    transpose_columns,
-    sampled_dots,    dense_dots,         read,       &kProducts,
+    count_nonfinite, accumulate_squares, add_block,     add_rounded, to_float,   evaluate,
+    scan_float,      scan_double,        keys_float,    keys_double, adamw,      transpose_columns,
+    sampled_dots,    dense_dots,         gathered_dots, read,        &kProducts,
 };
 
 }  // namespace piece_ops::cpu::PIECE_OPS_ISA_NAMESPACE

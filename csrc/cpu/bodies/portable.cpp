@@ -51,6 +51,11 @@ template <class Half>
 inline Wide load_wide(const Half* x) {
   return Wide{widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3])};
 }
+template <class Element>
+inline Wide gather_wide(const Element* x, const int32_t* positions) {
+  return Wide{widen(x[positions[0]]), widen(x[positions[1]]), widen(x[positions[2]]),
+              widen(x[positions[3]])};
+}
 inline void store_wide(float* x, Wide v) {
   for (int i = 0; i < kWide; ++i) x[i] = v[i];
 }
