@@ -5,7 +5,7 @@
 // Algorithm  An entry is a dot product over tokens, but tokens lie a row apart. Two ways, for a
 //            block of 256 tokens; its sum is added to the value, so nothing is carried from block
 //            to block but the values.
-//            Few indices (at most half as many as both matrices have columns): rows are read as
+//            Few indices (0.6 of the columns that would be transposed, or less): rows are read as
 //            they are, one token after the other; 16 indices gather their two numbers each and add
 //            the products to their sums in the token's lane. A lane's sums of all indices come from
 //            L2 every 32 tokens; the lanes are added up at the end.
@@ -17,6 +17,8 @@
 //              576 x 576, bfloat16    rows  43,  65,  96 us   panels  90,  80,  110
 //              1536 x 576, float32         125, 183, 235             184, 215,  224
 //              4096 x 4096, bfloat16       260, 575, 830             370, 810, 1010
+//            Where a few rows and columns hold most indices, little is transposed: 1536 x 576, 884
+//            indices in 189 rows and 129 columns, bfloat16: rows 139 us, panels 123.
 // Threads    While there is a block for each of them, each takes one, with panels and sums of its
 //            own, which are then added in order. A panel that two threads had filled lay half in
 //            the other one's cache: 2 threads took 153 us for 1536 x 576 (bfloat16), 1 thread 195,
@@ -68,6 +70,8 @@ constexpr int64_t kOwnFloats = 1 << 19;
 
 // Indices of which the lanes of a block, 128 bytes each, stay in L2.
 constexpr int64_t kMostGathered = 8192;
+// Rows are read as they are up to so many indices a column that would have to be transposed.
+constexpr double kGatheredShare = 0.6;
 
 // The row and column of positions that come in increasing order; one division a row.
 class Walk {
@@ -336,14 +340,50 @@ void add_shared_blocks(const Work& work, int threads, int64_t first, int64_t n_b
   }
 }
 
-// Does following the indices through the rows cost less than to transpose columns (see the header)?
-bool gathers(const SampledWeightGradArgs& args) {
+// What transposing columns takes, in columns of a whole square; they are given in increasing order.
+class TransposeCost {
+ public:
+  void add(int64_t column) {
+    if (column >= end_) {
+      close();
+      end_ = column + kSquare;
+    }
+    ++n_;
+  }
+  double total() {
+    close();
+    return sum_;
+  }
+
+ private:
+  static constexpr int64_t kSquare = 16;
+  void close() {
+    sum_ += n_ < kSquare / 4 ? 2.5 * static_cast<double>(n_) : static_cast<double>(kSquare);
+    n_ = 0;
+  }
+  int64_t end_ = 0;
+  int64_t n_ = 0;
+  double sum_ = 0.0;
+};
+
+// Does following the indices through the rows cost less than to transpose columns?
+bool gathers(const SampledWeightGradArgs& args, const UsedColumns& used) {
   const ConstMatrix& grads = args.grad_output;
   const ConstMatrix& input = args.input;
-  const bool in_pairs = grads.dtype != DType::kFloat32;
-  return grads.dtype == input.dtype && args.indices.n <= (grads.columns + input.columns) / 2 &&
-         args.indices.n <= kMostGathered &&
-         !(in_pairs && (grads.columns % 2 != 0 || input.columns % 2 != 0));
+  const int64_t n = args.indices.n;
+  if (n > std::min(kMostGathered, grads.columns + input.columns)) return false;
+  if (grads.dtype != input.dtype) return false;
+  // 16-bit elements are gathered in pairs, which must not reach past a row.
+  if (grads.dtype != DType::kFloat32 && (grads.columns % 2 != 0 || input.columns % 2 != 0)) {
+    return false;
+  }
+  TransposeCost rows, columns;
+  for (const int64_t column : used.columns) columns.add(column);
+  Walk walk(input.columns);
+  for (int64_t s = 0; s < n; ++s) {
+    if (walk.move_to(args.indices.data[s])) rows.add(walk.row());
+  }
+  return static_cast<double>(n) <= kGatheredShare * (rows.total() + columns.total());
 }
 
 // Rounds of blocks of tokens: a thread takes one, or a part of the indices where there are fewer.
@@ -401,12 +441,12 @@ void sampled_weight_grad(const Context& context, const SampledWeightGradArgs& ar
   check_indices("sampled_weight_grad", "indices", 0, indices, grads.columns * input.columns);
   std::fill(args.values, args.values + indices.n, 0.0f);
   if (indices.n == 0 || grads.rows == 0) return;
-  if (gathers(args)) {
+  const UsedColumns used(indices, input.columns);
+  if (gathers(args, used)) {
     add_gathered(context, args);
     return;
   }
 
-  const UsedColumns used(indices, input.columns);
   const Work work{*active_isa().bodies, args, used, full_from(used.count()),
                   stride_for(grads.rows)};
   const int64_t most_rows = std::min(indices.n, grads.columns);
