@@ -84,6 +84,12 @@ def test_bits_of_special_numbers(kind: str, rng: torch.Generator) -> None:
             assert_bits_equal(sampled_weight_grad(g, x, indices), in_order(g, x, indices), kind)
 
 
+def test_one_token_whose_rows_have_no_stride(rng: torch.Generator) -> None:
+    g, x = (torch.randn(n, generator=rng).as_strided((1, n), (0, 1)) for n in (40, 64))
+    for indices in (some_positions(2560, 0.015, rng), some_positions(2560, 0.3, rng)):
+        check(g, x, indices, f"{indices.numel()} indices")
+
+
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
 def test_few_indices_and_one_more(dtype: torch.dtype, rng: torch.Generator) -> None:
     """Up to some half as many as both matrices have columns, the CPU reads rows as they are."""

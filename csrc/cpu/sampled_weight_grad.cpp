@@ -5,10 +5,10 @@
 // Algorithm  An entry is a dot product over tokens, but tokens lie a row apart. Two ways, for a
 //            block of 256 tokens; its sum is added to the value, so nothing is carried from block
 //            to block but the values.
-//            Few indices (0.6 of the columns that would be transposed, or less): rows are read as
-//            they are, one token after the other; 16 indices gather their two numbers each and add
-//            the products to their sums in the token's lane. A lane's sums of all indices come from
-//            L2 every 32 tokens; the lanes are added up at the end.
+//            Few indices, in many columns (`gathers`; at random up to 0.6 a column): rows are read
+//            as they are, one token after the other; 16 indices gather their two numbers each and
+//            add the products to their sums in the token's lane. A lane's sums of all indices come
+//            from L2 every 32 tokens; the lanes are added up at the end.
 //            More: 1. the columns of input that some index uses are transposed into a panel, a row
 //            of 1 KiB each (float32); 2. a run of up to 128 rows of the weight has its columns of
 //            grad_output transposed into a second panel, and every index is one dot product of two
@@ -70,8 +70,6 @@ constexpr int64_t kOwnFloats = 1 << 19;
 
 // Indices of which the lanes of a block, 128 bytes each, stay in L2.
 constexpr int64_t kMostGathered = 8192;
-// Rows are read as they are up to so many indices a column that would have to be transposed.
-constexpr double kGatheredShare = 0.6;
 
 // The row and column of positions that come in increasing order; one division a row.
 class Walk {
@@ -366,7 +364,8 @@ class TransposeCost {
   double sum_ = 0.0;
 };
 
-// Does following the indices through the rows cost less than to transpose columns?
+// Does following the indices through the rows cost less than to transpose columns? An index costs
+// some 0.9 and reading a column along with its row some 0.45 of what transposing one does.
 bool gathers(const SampledWeightGradArgs& args, const UsedColumns& used) {
   const ConstMatrix& grads = args.grad_output;
   const ConstMatrix& input = args.input;
@@ -383,7 +382,8 @@ bool gathers(const SampledWeightGradArgs& args, const UsedColumns& used) {
   for (int64_t s = 0; s < n; ++s) {
     if (walk.move_to(args.indices.data[s])) rows.add(walk.row());
   }
-  return static_cast<double>(n) <= kGatheredShare * (rows.total() + columns.total());
+  const double read = 0.45 * static_cast<double>(grads.columns + input.columns);
+  return 0.9 * static_cast<double>(n) + read <= rows.total() + columns.total();
 }
 
 // Rounds of blocks of tokens: a thread takes one, or a part of the indices where there are fewer.

@@ -434,6 +434,7 @@ void dense_dots(const float* first, const float* second, int64_t stride, int64_t
 template <class Element>
 inline __attribute__((always_inline)) int64_t ahead_of(const ConstMatrix& matrix) {
   constexpr int64_t kAhead = 4096 / sizeof(Element);
+  if (matrix.row_stride == 0) return 0;  // of a single row it may be anything
   const int64_t rows = matrix.row_stride < kAhead ? kAhead / matrix.row_stride : 1;
   return rows * matrix.row_stride;
 }
