@@ -276,7 +276,7 @@ class Importance(Statistics):
             self.run_reference()
             reference, reference_samples = self._reference_statistics(where)
         held = {
-            "weights": {name: self._weight(name) for name in self.names},
+            "weights": {name: self._weight(name).detach() for name in self.names},
             "sums": self._sums,
             "square_sums": self._square_sums,
             "reference": reference,

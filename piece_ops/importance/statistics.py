@@ -193,8 +193,8 @@ class Statistics:
         return Target(*settings) if is_exact else RoundedTarget(*settings, seed=self._seed)
 
     def _weight(self, name: str) -> Tensor:
-        candidates = self._candidates
-        return candidates.own_rows(name, candidates.parameters[name].detach())
+        """The parameter itself, by which bounds on a GPU know it, or a view of its own rows."""
+        return self._candidates.own_rows(name, self._candidates.parameters[name])
 
     def _smallest_constant(self) -> float:
         """At most the constant that the accumulators will be ranked with."""
