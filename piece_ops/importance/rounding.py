@@ -81,7 +81,7 @@ def add_rounded_(target: Tensor, value: Tensor, *, key: int, begin: int = 0) -> 
 
 
 def _add_rounded_in_torch(target: Tensor, value: Tensor, key: int, begin: int) -> None:
-    """The same bits on any device."""
+    """For other devices; on the CPU it has the kernel's bits."""
     stored, added = target.view(-1), value.view(-1)
     first, end = begin, begin + stored.numel()
     while first < end:
